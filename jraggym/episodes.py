@@ -1,0 +1,203 @@
+"""The host side of a batch of episodes: what the jitted rollout calls back for.
+
+Each turn has two calls. `act` gets the sampled actions and gives the queries as ids for the query encoder (which
+runs on the device, since jax must not be called inside a callback). `observe` gets the query vectors, retrieves,
+lets the judge rank, executes one candidate and gives the next prompts.
+
+Every call names its turn and its rows. The first call for them does the work and later ones get the same result,
+so the replicas of a shard on a model-parallel mesh share one retrieval, whatever their order.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from jraggym.environment import transition, wants_retrieval
+from jraggym.labelling import Judge
+from jraggym.retrieval.guard import guarded
+from jraggym.selection import SELECTORS
+from jraggym.text.actions import parse_action
+from jraggym.text.batching import Codec
+from jraggym.types import Action, Candidate, Document, Example, Search, State, Step, Trajectory
+
+Documents = tuple[Document, ...]
+
+
+class Retriever(Protocol):
+    """What a rollout needs of a retriever: ids for its encoder, the encoder, and the search by vectors."""
+
+    @property
+    def params(self) -> Any: ...
+    def tokenize(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+    def encode(self, params: Any, ids: Any, mask: Any) -> Any: ...
+    def search(self, queries: Sequence[str], vectors: np.ndarray, k: int | None = None) -> list[Documents]: ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How episodes run: the turn budget, which candidate is executed, who labels, and the retriever's patience.
+
+    With a judge every candidate's search is carried out, without one only the executed one's. `select` names a
+    rule of selection.SELECTORS. `timeout` is in seconds.
+    """
+
+    max_turns: int = 5
+    select: str = "first"
+    judge: Judge | None = None
+    timeout: float = 30.0
+    seed: int = 0
+
+
+@dataclass
+class _Pending:
+    """What `act` leaves for `observe`: one entry for each row."""
+
+    candidates: list[list[Candidate]]
+    actions: list[list[Action]]
+    chosen: list[int]
+    searches: list[list[tuple[int, str]]]  # (candidate, query) of what is to be retrieved
+
+
+class Episodes:
+    """A batch of episodes; row i runs `examples[i]`. Rows beyond them are padding and closed from the start."""
+
+    def __init__(self, examples: Sequence[Example], codec: Codec, retriever: Retriever, rules: Rules):
+        self.examples, self.rules = tuple(examples), rules
+        self._codec, self._retriever = codec, retriever
+        self._states = [State(example.question) for example in examples]
+        self._steps: list[list[Step]] = [[] for _ in examples]
+        self._pending: dict[tuple[int, int], _Pending] = {}
+        self._results: dict[tuple[str, int, int], Any] = {}
+        self._lock = threading.Lock()
+
+    def prompts(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids int32 [b, P], mask bool [b, P], open bool [b]) of the rows, padded on the left."""
+        size = self._codec.max_prompt
+        ids, mask = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
+        opened = np.array([self._open(row) for row in rows])
+        mask[:, -1] = True  # a closed row's prompt is one padding token
+        for i, row in enumerate(rows):
+            if opened[i]:
+                prompt = self._codec.prompt(self._states[row])
+                ids[i, size - len(prompt) :] = prompt
+                mask[i, size - len(prompt) :] = True
+        return ids, mask, opened
+
+    def act(
+        self, turn: int, rows: Sequence[int], tokens: np.ndarray, mask: np.ndarray, logprob: np.ndarray, score: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Reads the sampled actions and says what is to be retrieved.
+
+        Args: tokens, mask [b, K, A]; logprob, score [b, K].
+        Returns: rows, query ids int32 [b, M, T] and mask [b, M, T]; M is K with a judge and 1 without.
+        """
+        return self._once("act", turn, rows, lambda: self._act(turn, rows, tokens, mask, logprob, score))
+
+    def observe(self, turn: int, rows: Sequence[int], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Retrieves, labels and executes; vectors f32 [b, M, D]. Returns the next `prompts`."""
+        return self._once("observe", turn, rows, lambda: self._observe(turn, rows, vectors))
+
+    def trajectories(self) -> list[Trajectory]:
+        """The episodes, finished or not."""
+        rows = zip(self.examples, self._steps, self._states, strict=True)
+        return [Trajectory(example.id, tuple(steps), state) for example, steps, state in rows]
+
+    def _once(self, call: str, turn: int, rows: Sequence[int], work: Callable[[], Any]) -> Any:
+        key = (call, int(turn), int(rows[0]))
+        with self._lock:
+            if key not in self._results:
+                self._results[key] = work()
+            return self._results[key]
+
+    def _open(self, row: int) -> bool:
+        return row < len(self.examples) and not self._states[row].done
+
+    def _act(self, turn, rows, tokens, mask, logprob, score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        b, k, a = tokens.shape
+        ids = [row[m].tolist() for row, m in zip(tokens.reshape(-1, a), mask.reshape(-1, a), strict=True)]
+        texts = self._codec.tokenizer.decode(ids)
+        pending = _Pending([], [], [], [])
+        slots = k if self.rules.judge else 1
+        queries = [""] * (b * slots)
+        for i, row in enumerate(rows):
+            opened = self._open(row)
+            group = range(i * k, i * k + k) if opened else ()
+            candidates = [Candidate(texts[j], None, float(score.flat[j]), float(logprob.flat[j])) for j in group]
+            actions = [parse_action(candidate.text) for candidate in candidates]
+            chosen = self._select(row, candidates) if opened and not self.rules.judge else -1
+            searches = self._searches(row, actions, chosen) if opened else []
+            for slot, query in searches:
+                queries[i * slots + (slot if self.rules.judge else 0)] = query
+            for part, item in zip(vars(pending).values(), (candidates, actions, chosen, searches), strict=True):
+                part.append(item)
+        self._pending[int(turn), int(rows[0])] = pending
+        query_ids, query_mask = self._retriever.tokenize(queries)
+        return rows, query_ids.reshape(b, slots, -1), query_mask.reshape(b, slots, -1)
+
+    def _select(self, row: int, candidates: Sequence[Candidate]) -> int:
+        # The generator depends on the example and the turn alone, not on the batch that the episode runs in.
+        rng = random.Random(f"{self.rules.seed}/{self.examples[row].id}/{len(self._steps[row])}")
+        return SELECTORS[self.rules.select](candidates, rng)
+
+    def _searches(self, row: int, actions: Sequence[Action], chosen: int) -> list[tuple[int, str]]:
+        state, wanted = self._states[row], range(len(actions)) if chosen < 0 else (chosen,)
+        return [
+            (i, action.query)
+            for i in wanted
+            if isinstance(action := actions[i], Search) and wants_retrieval(state, action, self.rules.max_turns)
+        ]
+
+    def _observe(self, turn, rows, vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pending = self._pending.pop((int(turn), int(rows[0])))
+        found, error = self._retrieve(pending, vectors)
+        for i, row in enumerate(rows):
+            if pending.candidates[i]:
+                documents = [found.get((i, j), ()) for j in range(len(pending.candidates[i]))]
+                failed = error if pending.searches[i] else None
+                self._execute(row, pending.candidates[i], pending.actions[i], pending.chosen[i], documents, failed)
+        return self.prompts(rows)
+
+    def _retrieve(self, pending: _Pending, vectors: np.ndarray) -> tuple[dict[tuple[int, int], Documents], str | None]:
+        """Documents by (row, candidate), and what went wrong if anything did."""
+        wanted = [(i, slot, query) for i, searches in enumerate(pending.searches) for slot, query in searches]
+        if not wanted:
+            return {}, None
+        place = [(i, slot if self.rules.judge else 0) for i, slot, _ in wanted]
+        picked = np.stack([vectors[at] for at in place])
+        queries = [query for _, _, query in wanted]
+        found, error = guarded(lambda: list(self._retriever.search(queries, picked)), self.rules.timeout)
+        if error is None and len(found) != len(wanted):
+            error = f"the retriever gave {len(found)} results for {len(wanted)} queries"
+        if error is not None:
+            return {}, error
+        return {(i, slot): tuple(hits) for (i, slot, _), hits in zip(wanted, found, strict=True)}, None
+
+    def _execute(
+        self,
+        row: int,
+        candidates: list[Candidate],
+        actions: list[Action],
+        chosen: int,
+        documents: list[Documents],
+        error: str | None,
+    ) -> None:
+        state, example = self._states[row], self.examples[row]
+        judge = self.rules.judge
+        rewards = judge(example, state, actions, documents) if judge and error is None else [None] * len(actions)
+        labelled = tuple(
+            Candidate(c.text, reward, c.score, c.logprob, tuple(d.id for d in hits))
+            for c, reward, hits in zip(candidates, rewards, documents, strict=True)
+        )
+        if chosen < 0:
+            chosen = self._select(row, labelled)
+        action = actions[chosen]
+        executed = wants_retrieval(state, action, self.rules.max_turns)
+        outcome = (documents[chosen], error) if executed else ((), None)
+        self._steps[row].append(Step(state, labelled, chosen))
+        self._states[row] = transition(state, action, *outcome, max_turns=self.rules.max_turns)

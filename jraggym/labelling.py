@@ -1,0 +1,63 @@
+"""Process rewards: a judge grades the candidates of a state, and ranks become rewards.
+
+The rule-based judge applies RAG-Gym's three criteria (appendix E, figure 10) with what the data knows: which
+documents support the answer, and what each candidate's search would bring. Like the paper's annotator it takes
+the agent to have no knowledge of its own. It never looks at a candidate's position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jraggym.metrics import exact_match
+from jraggym.types import Action, Answer, Document, Example, Malformed, Search, State
+
+Grade = tuple[float, ...]  # compared element by element; higher is better
+Judge = Callable[[Example, State, Sequence[Action], Sequence[Sequence[Document]]], list[float]]
+
+MALFORMED, PREMATURE, WRONG, REDUNDANT, USELESS, USEFUL, SUFFICIENT = map(float, range(7))
+
+
+def rank_rewards(grades: Sequence[Grade]) -> list[float]:
+    """1 / (1 + rank), where rank counts the strictly better candidates (RAG-Gym, rank rule).
+
+    Equal grades get equal rewards: grades (5, 3, 3, 5) become rewards (1, 1/3, 1/3, 1).
+    """
+    return [1.0 / (1 + sum(other > grade for other in grades)) for grade in grades]
+
+
+def support_judge(
+    example: Example, state: State, actions: Sequence[Action], found: Sequence[Sequence[Document]]
+) -> list[float]:
+    """Process rewards of the candidates at `state`; `found` holds the documents that each search brings."""
+    return rank_rewards([grade(example, state, a, d) for a, d in zip(actions, found, strict=True)])
+
+
+def grade(example: Example, state: State, action: Action, found: Sequence[Document]) -> Grade:
+    """How good an action is by sufficiency, utility and redundancy.
+
+    Sufficiency: once all supporting documents are read, the right answer is best and a further search is a
+    waste; before, any answer is premature. Utility: a search is useful if it brings supporting documents that
+    are still missing, the more and the higher up the better. Redundancy: asking the same again, or bringing
+    nothing new, is worse than an unlucky try.
+    """
+    seen = {document.id for turn in state.turns for document in turn.documents}
+    missing = [i for i in example.support if i not in seen]
+    if isinstance(action, Malformed):
+        return (MALFORMED,)
+    if isinstance(action, Answer):
+        right = exact_match(action.text, example.answers)
+        if missing:
+            return (PREMATURE, right)
+        return (SUFFICIENT,) if right else (WRONG,)
+    return _grade_search(state, action, [d.id for d in found], seen, set(missing))
+
+
+def _grade_search(state: State, action: Search, found: list[str], seen: set[str], missing: set[str]) -> Grade:
+    gained = [place for place, i in enumerate(found) if i in missing]
+    if gained:
+        return (USEFUL, len(gained), -gained[0])
+    repeated = any(turn.action == action for turn in state.turns)
+    if repeated or all(i in seen for i in found):
+        return (REDUNDANT,)
+    return (USELESS,)

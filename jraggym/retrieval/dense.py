@@ -1,0 +1,75 @@
+"""Nearest neighbours by inner product over ScaNN (Guo et al., ICML 2020), without TensorFlow."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scann.scann_ops.py import scann_ops_pybind
+
+from jraggym.errors import InputError
+
+TREE_FROM = 10_000  # documents; below, an exact search is as fast as a tree
+LEAVES_SEARCHED = 0.5  # fraction; on TF-IDF vectors of 14,540 paragraphs: .2 agrees .965, .3 .978, .5 .994
+REORDER = 8  # candidates that are scored exactly, as a multiple of k
+_DEFAULT_K = 32
+
+
+class DenseIndex:
+    """Ranks n vectors by their inner product with a query: exact below `TREE_FROM`, else tree and hashing."""
+
+    def __init__(self, vectors: np.ndarray):
+        """Indexes f32 [n, D], of unit length where cosine is meant.
+
+        Raises:
+          InputError: when the array is not [n, D] with n > 0, or holds a value that is not finite.
+        """
+        self._vectors = np.ascontiguousarray(vectors, np.float32)
+        if self._vectors.ndim != 2 or not self._vectors.size:
+            raise InputError(
+                "an index needs vectors [n, D]", got=self._vectors.shape, remedy="Give at least one vector."
+            )
+        if not np.isfinite(self._vectors).all():
+            raise InputError("the vectors to index are not all finite", got="nan or inf", remedy="Check the encoder.")
+        self._searcher = _build(self._vectors)
+
+    def search(self, vectors: np.ndarray, k: int) -> np.ndarray:
+        """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first; calls no jax.
+
+        Equal products go by position. -1 fills up when k > n; a zero vector has no direction and finds nothing.
+
+        Raises:
+          InputError: when the queries are not [Q, D] with the D of the index.
+        """
+        queries = np.ascontiguousarray(vectors, np.float32)
+        n, dim = self._vectors.shape
+        if queries.ndim != 2 or queries.shape[1] != dim:
+            raise InputError(f"queries must be [Q, {dim}]", got=queries.shape, remedy="Use the encoder of the index.")
+        found = np.full((len(queries), k), -1, np.int32)
+        rows = np.flatnonzero(queries.any(axis=1))
+        if len(rows):
+            depth = min(k, n)
+            positions, products = self._searcher.search_batched(
+                queries[rows], final_num_neighbors=depth, pre_reorder_num_neighbors=min(REORDER * depth, n)
+            )
+            found[rows, :depth] = _ordered(positions, products)
+        return found
+
+
+def _build(vectors: np.ndarray) -> scann_ops_pybind.ScannSearcher:
+    n = len(vectors)
+    builder = scann_ops_pybind.builder(vectors, min(_DEFAULT_K, n), "dot_product")
+    if n < TREE_FROM:
+        return builder.score_brute_force().build()
+    leaves = math.isqrt(n)
+    builder = builder.tree(leaves, math.ceil(LEAVES_SEARCHED * leaves), training_sample_size=min(n, 250_000))
+    builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(REORDER * _DEFAULT_K)
+    return builder.set_n_training_threads(1).build()  # one thread: the same tree in every run
+
+
+def _ordered(positions: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Sorts each row by product, then by position; ScaNN marks a place that it could not fill by nan."""
+    empty = ~np.isfinite(products)
+    positions = np.where(empty, -1, positions.astype(np.int64))
+    products = np.where(empty, -np.inf, products)
+    return np.take_along_axis(positions, np.lexsort((positions, -products), axis=-1), axis=-1)

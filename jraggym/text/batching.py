@@ -1,0 +1,175 @@
+"""The bridge from text to arrays: states and candidates become one `ProcessBatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jraggym.batch import ProcessBatch
+from jraggym.errors import InputError
+from jraggym.text.actions import format_action
+from jraggym.text.rendering import FINISH, render, render_turn
+from jraggym.text.tokenizer import Tokenizer
+from jraggym.types import Answer, State
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One state with its candidates, as ids, before padding."""
+
+    prompt: list[int]
+    actions: list[list[int]]
+    loss_masks: list[list[bool]]
+    rewards: list[float]
+    distinct: list[bool]  # candidates that count: labelled, and not the same text as an earlier one
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Prompt tokens and the longest action's tokens."""
+        return len(self.prompt), max(map(len, self.actions))
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Turns states and actions into ids, with the turn budget that decides where <finish> stands."""
+
+    tokenizer: Tokenizer
+    max_turns: int
+    max_prompt: int
+
+    def prompt(self, state: State) -> list[int]:
+        """The ids of the rendered state, at most `max_prompt` long.
+
+        A longer one loses whole segments after the question, oldest first; the question and what came
+        last stay.
+        """
+        segments = self.tokenizer.encode(render(state, self.max_turns))
+        total = sum(map(len, segments))
+        first = 1
+        while total > self.max_prompt and first < len(segments) - 1:
+            total -= len(segments[first])
+            first += 1
+        ids = [i for segment in (segments[0], *segments[first:]) for i in segment]
+        return ids[-self.max_prompt :]
+
+    def row(self, state: State, actions: Sequence[str], rewards: Sequence[float | None]) -> Row:
+        """A state with K candidate actions; repeated texts and unlabelled candidates do not count."""
+        ids = self.tokenizer.encode(actions)
+        distinct = [r is not None and a not in actions[:i] for i, (a, r) in enumerate(zip(actions, rewards, strict=True))]
+        rewards = [0.0 if r is None else r for r in rewards]
+        return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], rewards, distinct)
+
+    def episode(self, final: State) -> Row:
+        """A whole finished episode as one candidate: the policy's actions count, what came back does not.
+
+        Same tokens as inference saw, since rendering only appends. The reward is 1.
+        """
+        prompt = self.tokenizer.encode(render(State(final.question), self.max_turns))
+        ids: list[int] = []
+        counts: list[bool] = []
+        for number, turn in enumerate(final.turns, 2):
+            segments = list(render_turn(turn)) + ([FINISH] if number == self.max_turns else [])
+            for place, segment in enumerate(self.tokenizer.encode(segments)):
+                ids += segment
+                counts += [place == 0] * len(segment)
+        if final.answer is not None:
+            answer = self.tokenizer.encode([format_action(Answer(final.answer))])[0]
+            ids += answer
+            counts += [True] * len(answer)
+        return Row([i for segment in prompt for i in segment], [ids], [counts], [1.0], [True])
+
+
+def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, pad: int = 0) -> ProcessBatch:
+    """Pads rows to B = len(rows), P = `prompt` (left), K = `candidates`, A = `action` (right).
+
+    Raises InputError when a row does not fit: nothing is cut silently.
+    """
+    b, k = len(rows), candidates
+    batch = ProcessBatch(
+        prompt=np.full((b, prompt), pad, np.int32),
+        prompt_mask=np.zeros((b, prompt), bool),
+        action=np.full((b, k, action), pad, np.int32),
+        action_mask=np.zeros((b, k, action), bool),
+        loss_mask=np.zeros((b, k, action), bool),
+        reward=np.zeros((b, k), np.float32),
+        candidate_mask=np.zeros((b, k), bool),
+        behaviour_logprob=np.zeros((b, k, action), np.float32),
+    )
+    for i, row in enumerate(rows):
+        longest = row.sizes
+        if longest[0] > prompt or longest[1] > action or len(row.actions) > k:
+            raise InputError(
+                "a row does not fit the batch",
+                got=f"{longest[0]} prompt and {longest[1]} action tokens, {len(row.actions)} candidates",
+                remedy=f"The batch holds {prompt}, {action} and {k}: choose a larger bucket.",
+            )
+        batch.prompt[i, prompt - len(row.prompt) :] = row.prompt
+        batch.prompt_mask[i, prompt - len(row.prompt) :] = True
+        for j, ids in enumerate(row.actions):
+            batch.action[i, j, : len(ids)] = ids
+            batch.action_mask[i, j, : len(ids)] = True
+            batch.loss_mask[i, j, : len(ids)] = row.loss_masks[j]
+            batch.reward[i, j] = row.rewards[j]
+            batch.candidate_mask[i, j] = row.distinct[j]
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A batch shape: B rows of P prompt tokens and K candidates of A action tokens."""
+
+    rows: int
+    prompt: int
+    action: int
+
+
+def buckets(edges: Sequence[tuple[int, int]], tokens: int, candidates: int) -> tuple[Bucket, ...]:
+    """Batch shapes of about `tokens` tokens each, for (P, A) edges in ascending order."""
+    return tuple(Bucket(max(1, tokens // (p + candidates * a)), p, a) for p, a in edges)
+
+
+class Batches:
+    """Random access to training batches: item `step` is a pure function of (rows, shapes, seed, step).
+
+    Each row goes to the first bucket that it fits. In every epoch each bucket's rows are dealt anew and the order
+    of batches is shuffled; a bucket's last batch is filled up from its front.
+    """
+
+    def __init__(self, rows: Sequence[Row], shapes: Sequence[Bucket], *, candidates: int, seed: int, pad: int = 0):
+        self._rows, self._shapes, self._seed = rows, shapes, seed
+        self._candidates, self._pad = candidates, pad
+        self._members: list[list[int]] = [[] for _ in shapes]
+        for i, row in enumerate(rows):
+            self._members[self._fit(row.sizes)].append(i)
+        self._plan: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+
+    @property
+    def epoch_steps(self) -> int:
+        """Batches in one epoch."""
+        return sum(-(-len(m) // shape.rows) for m, shape in zip(self._members, self._shapes, strict=True))
+
+    def __getitem__(self, step: int) -> ProcessBatch:
+        epoch, place = divmod(step, self.epoch_steps)
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._epoch(epoch))
+        which, chosen = self._plan[1][place]
+        shape = self._shapes[which]
+        rows = [self._rows[i] for i in chosen]
+        return collate(rows, prompt=shape.prompt, action=shape.action, candidates=self._candidates, pad=self._pad)
+
+    def _fit(self, sizes: tuple[int, int]) -> int:
+        for i, shape in enumerate(self._shapes):
+            if sizes[0] <= shape.prompt and sizes[1] <= shape.action:
+                return i
+        raise InputError("a row fits no bucket", got=sizes, remedy=f"Add a larger one to {self._shapes}.")
+
+    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        rng = np.random.default_rng((self._seed, epoch))
+        plan = []
+        for which, (members, shape) in enumerate(zip(self._members, self._shapes, strict=True)):
+            order = rng.permutation(np.array(members, np.int64))
+            for start in range(0, len(order), shape.rows):
+                plan.append((which, order[np.arange(start, start + shape.rows) % len(order)]))
+        return [plan[i] for i in rng.permutation(len(plan))]

@@ -1,0 +1,96 @@
+"""The training loop: an objective and an optimiser become one jitted step; batches are a function of the step.
+
+An objective is a pure function (weights, batch) -> (loss, metrics). The state is donated, so each step reuses
+its memory. Resuming restores the state and the step; since batch i is a pure function of (seed, i), nothing else
+has to be remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from jraggym.batch import ProcessBatch
+from jraggym.errors import InputError
+
+Metrics = dict[str, Array]
+Objective = Callable[[Any, ProcessBatch], tuple[Array, Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    step: Array  # int32, updates done so far
+    weights: Any
+    optimizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """Muon on the matrices, AdamW on the rest (or AdamW alone); linear warm-up, then a cosine to zero."""
+
+    steps: int
+    matrix_rate: float = 1.6e-2  # learning rate of Muon; 0 puts everything under AdamW
+    rate: float = 2e-3  # learning rate of AdamW
+    warmup: int = 50
+    decay: float = 0.0  # weight decay
+    clip: float = 1.0  # global norm of the gradient
+
+    def build(self) -> optax.GradientTransformation:
+        """The optax chain."""
+        chain = [optax.clip_by_global_norm(self.clip)]
+        if self.matrix_rate:
+            chain.append(
+                optax.contrib.muon(
+                    self._schedule(self.matrix_rate),
+                    weight_decay=self.decay,
+                    adam_learning_rate=self._schedule(self.rate),
+                    adam_weight_decay=self.decay,
+                    muon_weight_dimension_numbers=_stacked_matrices,
+                )
+            )
+        else:
+            chain.append(optax.adamw(self._schedule(self.rate), weight_decay=self.decay))
+        return optax.chain(*chain)
+
+    def _schedule(self, peak: float) -> optax.Schedule:
+        warmup = min(self.warmup, self.steps // 2)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(self.steps, warmup + 1))
+
+
+def _stacked_matrices(weights: Any) -> Any:
+    """Muon's view of the layers' weights [N, in, out]: N matrices; everything else goes to AdamW."""
+
+    def view(leaf: Array) -> Any:
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if leaf.ndim == 3 else None
+
+    return jax.tree.map(view, weights)
+
+
+def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; it owns a copy of the weights, since steps donate their state."""
+    weights = jax.tree.map(jnp.copy, weights)
+    return TrainState(jnp.int32(0), weights, optimizer.init(weights))
+
+
+def make_step(
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, ProcessBatch], tuple[TrainState, Metrics]]:
+    """The jitted update; it compiles once for each batch shape."""
+
+    def step(state: TrainState, batch: ProcessBatch) -> tuple[TrainState, Metrics]:
+        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.weights)
+        weights = optax.apply_updates(state.weights, updates)
+        metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, weights, moments), metrics
+
+    return jax.jit(step, donate_argnums=0)

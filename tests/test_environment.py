@@ -1,0 +1,113 @@
+"""The pure transition: its table, its budget, and properties over any sequence of actions."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jraggym.environment import outcome, transition, wants_retrieval
+from jraggym.errors import InputError
+from jraggym.types import Answer, Document, Example, Malformed, Search, State, to_json
+
+DOCUMENTS = (Document("d1", "Tarvan", "The mayor is Torvan Quilmer."), Document("d2", "Bexlis", "A city."))
+EXAMPLE = Example("e1", "Who is the mayor of Tarvan?", ("Torvan Quilmer",))
+ACTIONS = st.builds(Search, st.text()) | st.builds(Malformed, st.text()) | st.builds(Answer, st.text())
+UNFINISHED = st.builds(Search, st.text()) | st.builds(Malformed, st.text())
+
+
+def test_each_action_has_its_own_transition():
+    start = State("q")
+    answered = transition(start, Answer("a"), max_turns=5)
+    assert answered == State("q", answer="a")
+    assert answered.done
+    searched = transition(start, Search("s"), DOCUMENTS, max_turns=5)
+    assert searched.turns[0].action == Search("s")
+    assert searched.turns[0].documents == DOCUMENTS
+    assert not searched.done
+    failed = transition(start, Search("s"), error="timeout", max_turns=5)
+    assert failed.failed
+    assert failed.turns[0].documents == ()
+    malformed = transition(start, Malformed("m"), max_turns=5)
+    assert malformed.turns[0].action == Malformed("m")
+    assert malformed.turns[0].documents == ()
+
+
+def test_the_budget_is_five_calls_and_four_searches():
+    state, searches = State("q"), 0
+    for call in range(5):
+        assert not state.done, f"ended before call {call + 1}"
+        searches += wants_retrieval(state, Search("s"), 5)
+        assert not wants_retrieval(state, Answer("a"), 5)
+        assert not wants_retrieval(state, Malformed("m"), 5)
+        state = transition(state, Search("s"), max_turns=5)
+    assert searches == 4
+    assert state.truncated
+    assert state.answer is None
+
+
+def test_an_answer_on_the_last_turn_is_no_truncation():
+    state = transition(State("q"), Search("s"), max_turns=2)
+    state = transition(state, Answer("a"), max_turns=2)
+    assert state.answer == "a"
+    assert not state.truncated
+
+
+def test_one_turn_allows_no_search():
+    assert not wants_retrieval(State("q"), Search("s"), 1)
+    assert transition(State("q"), Search("s"), max_turns=1).truncated
+
+
+@pytest.mark.parametrize("done", [State("q", answer=""), State("q", truncated=True)])
+def test_no_transition_from_a_finished_state(done):
+    with pytest.raises(ValueError, match="over"):
+        transition(done, Answer("a"), max_turns=5)
+    with pytest.raises(ValueError, match="over"):
+        wants_retrieval(done, Search("s"), 5)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(InputError, match="max_turns"):
+        transition(State("q"), Answer("a"), max_turns=0)
+    for action in (Answer("a"), Malformed("m")):
+        with pytest.raises(InputError, match="only a search"):
+            transition(State("q"), action, DOCUMENTS, max_turns=5)
+        with pytest.raises(InputError, match="only a search"):
+            transition(State("q"), action, error="timeout", max_turns=5)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(UNFINISHED, min_size=9, max_size=9), st.integers(1, 9))
+def test_every_sequence_of_actions_ends_in_time_with_all_turns_kept(actions, max_turns):
+    state, seen = State("q"), [State("q")]
+    for action in actions:
+        before = to_json(state)
+        following = transition(state, action, max_turns=max_turns)
+        assert to_json(state) == before, "the state was mutated"
+        assert transition(state, action, max_turns=max_turns) == following, "not deterministic"
+        assert following.turns[:-1] == state.turns
+        seen.append(state := following)
+        if state.done:
+            break
+    assert state.truncated
+    assert [turn.action for turn in state.turns] == actions[:max_turns]
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.lists(ACTIONS, min_size=6, max_size=6), st.integers(1, 6))
+def test_an_answer_ends_the_episode_wherever_it_comes(actions, max_turns):
+    state = State("q")
+    for step, action in enumerate(actions, start=1):
+        state = transition(state, action, max_turns=max_turns)
+        assert state.done == (isinstance(action, Answer) or step == max_turns)
+        if state.done:
+            assert state.answer == (action.text if isinstance(action, Answer) else None)
+            return
+    pytest.fail("the episode outlived its budget")
+
+
+def test_outcome_scores_answers_and_gives_zero_to_the_unfinished():
+    zeros = {"em": 0.0, "f1": 0.0, "cover_em": 0.0}
+    assert outcome(State("q"), EXAMPLE) == zeros
+    assert outcome(State("q", truncated=True), EXAMPLE) == zeros
+    assert outcome(State("q", answer="the Torvan Quilmer."), EXAMPLE) == {"em": 1.0, "f1": 1.0, "cover_em": 1.0}
+    partly = outcome(State("q", answer="It is Torvan Quilmer"), EXAMPLE)
+    assert partly == {"em": 0.0, "f1": pytest.approx(2 / 3), "cover_em": 1.0}
