@@ -32,7 +32,7 @@ def transition(
             "only a search brings documents or an error", got=type(action).__name__, remedy="Ask wants_retrieval first."
         )
     if isinstance(action, Answer):
-        return dataclasses.replace(state, answer=action.text)
+        return dataclasses.replace(state, answer=action.text, thought=action.thought)
     turns = (*state.turns, Turn(action, documents, error))
     return dataclasses.replace(state, turns=turns, truncated=len(turns) >= max_turns)
 

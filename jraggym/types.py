@@ -30,9 +30,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Ask the retriever."""
+    """Ask the retriever. The thought before an action is kept for the transcript; it does not make it another action."""
 
     query: str
+    thought: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Answer:
     """End the episode with a prediction."""
 
     text: str
+    thought: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,14 @@ class Turn:
 class State:
     """What the agent knows: the question and the turns so far (RAG-Gym 2.1: s_t = (Q, H_t)).
 
-    `answer` is set by the terminal action. `truncated` says that the turn budget ended first.
+    `answer` is set by the terminal action, and `thought` holds the thought before it. `truncated` says that the turn budget ended first.
     """
 
     question: str
     turns: tuple[Turn, ...] = ()
     answer: str | None = None
     truncated: bool = False
+    thought: str = ""
 
     @property
     def done(self) -> bool:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -90,7 +91,7 @@ def assert_parity(folder, texts, width):
     assert np.abs((got - expected)[mask]).max() <= 1e-5
     mean = (expected * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     pooled = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    assert np.abs(np.asarray(mean_pool(got, mask)) - pooled).max() <= 1e-5
+    assert np.abs(np.asarray(mean_pool(jnp.asarray(got), jnp.asarray(mask))) - pooled).max() <= 1e-5
     assert np.abs(embed(encoder, texts, batch=4) - pooled).max() <= 1e-5
 
 
@@ -112,7 +113,7 @@ def test_padding_changes_no_vector_and_an_empty_row_is_zero(published):
     encoder = BertEncoder.load(published)
     short, long = encoder.tokenize(["the sea.", "a novel"], 8), encoder.tokenize(["the sea.", "a novel", "x"], 16)
     long[1][2] = False
-    a, b = (np.asarray(encoder.apply(encoder.params, *block)) for block in (short, long))
+    a, b = (np.asarray(encoder.apply(encoder.params, *map(jnp.asarray, block))) for block in (short, long))
     np.testing.assert_allclose(b[:2], a, atol=1e-6)
     assert not b[2].any()
 

@@ -18,11 +18,12 @@ from jraggym.types import Answer, Example, Search, State
 class Plan:
     """The searches that find everything needed, in order, and the answer.
 
-    `bridges[i]` is what a hasty reader would answer after i + 1 searches; `group` names the composition
-    of the question (faults are tied to groups).
+    `thoughts[i]` and `bridges[i]` are what one notes, and what a hasty reader would answer, after i + 1
+    searches; `group` names the composition of the question (faults are tied to groups).
     """
 
     queries: tuple[str, ...]
+    thoughts: tuple[str, ...]
     bridges: tuple[str, ...]
     answer: str
     group: str
@@ -66,19 +67,20 @@ def demonstrate(
     On the last turn the script answers with the best it has.
     """
     done = progress(plan, state)
+    thought = plan.thoughts[done - 1] if done else ""
     if done == len(plan.queries):
-        return Answer(plan.answer)
+        return Answer(plan.answer, thought)
     if last_turn:
-        return Answer(plan.bridges[done - 1] if done else plan.answer)
+        return Answer(plan.bridges[done - 1] if done else plan.answer, thought)
     if done and rng.random() < faults.prone("premature", plan.group):
-        return Answer(plan.bridges[done - 1])
+        return Answer(plan.bridges[done - 1], thought)
     if done and not _repeats(state) and rng.random() < faults.prone("redundant", plan.group):
-        return Search(plan.queries[done - 1])
+        return Search(plan.queries[done - 1], thought)
     if state.turns and rng.random() < faults.prone("astray", plan.group):
         titles = [d.title for d in state.turns[-1].documents if not any(d.title in q for q in plan.queries)]
         if titles:
-            return Search(rng.choice(titles))
-    return Search(plan.queries[done])
+            return Search(rng.choice(titles), thought)
+    return Search(plan.queries[done], thought)
 
 
 def _repeats(state: State) -> bool:

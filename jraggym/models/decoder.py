@@ -40,6 +40,7 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = True
+    bias: float = 0.0
     dtype: str = "float32"  # of activations; weights stay in float32
     remat: bool = False  # recompute layer activations in the backward pass
 
@@ -70,6 +71,9 @@ class Layer:
     q: Any  # [N, D, Q * H]
     k: Any  # [N, D, G * H]
     v: Any  # [N, D, G * H]
+    q_bias: Any  # [N, Q * H] or None
+    k_bias: Any  # [N, G * H] or None
+    v_bias: Any  # [N, G * H] or None
     o: Any  # [N, Q * H, D]
     mlp_norm: Any  # [N, D]
     gate: Any  # [N, D, F]
@@ -109,6 +113,9 @@ def specs(config: DecoderConfig) -> Decoder:
             q=Spec((n, d, qh), ("layer", "model", "heads"), inner),
             k=Spec((n, d, gh), ("layer", "model", "kv_heads"), inner),
             v=Spec((n, d, gh), ("layer", "model", "kv_heads"), inner),
+            q_bias=Spec((n, qh), ("layer", "heads"), config.bias) if config.bias else None,
+            k_bias=Spec((n, gh), ("layer", "kv_heads"), config.bias) if config.bias else None,
+            v_bias=Spec((n, gh), ("layer", "kv_heads"), 1e-3) if config.bias else None,
             o=Spec((n, qh, d), ("layer", "heads", "model"), outer * qh**-0.5),
             mlp_norm=Spec((n, d), ("layer", None), 0.0),
             gate=Spec((n, d, f), ("layer", "model", "feed_forward"), inner),
@@ -248,12 +255,13 @@ def _qkv(layer: Layer, config: DecoderConfig, x: Array, rotary: tuple[Array, Arr
     """Queries [X, Q, T, H] and keys, values [X, G, T, H] of hidden states [X, T, D]."""
     x = rms_norm(x, layer.attention_norm, config.norm_eps)
 
-    def heads(matrix: Array, count: int) -> Array:
-        y = _matmul(x, matrix).reshape(*x.shape[:2], count, config.head_dim)
-        return y.swapaxes(1, 2)
+    def heads(matrix: Array, bias: Array | None, count: int) -> Array:
+        y = _matmul(x, matrix)
+        y = y if bias is None else y + bias.astype(y.dtype)
+        return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
-    q, k = heads(layer.q, config.query_heads), heads(layer.k, config.kv_heads)
-    return _turn(q, rotary), _turn(k, rotary), heads(layer.v, config.kv_heads)
+    q, k = heads(layer.q, layer.q_bias, config.query_heads), heads(layer.k, layer.k_bias, config.kv_heads)
+    return _turn(q, rotary), _turn(k, rotary), heads(layer.v, layer.v_bias, config.kv_heads)
 
 
 def _attend(q: Array, parts: list[tuple[Array, Array, Array]], config: DecoderConfig) -> Array:

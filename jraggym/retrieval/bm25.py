@@ -45,11 +45,8 @@ class Bm25Index:
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
     """Positions of the k highest positive scores, best first, equal scores by position."""
-    if k < len(scores):
-        least = max(np.partition(scores, -k)[-k], 0)
-        above = np.flatnonzero(scores > least)
-        level = np.flatnonzero(scores == least)[: k - len(above)] if least > 0 else above[:0]
-        kept = np.concatenate([above, level])
-    else:
-        kept = np.flatnonzero(scores > 0)
-    return kept[np.lexsort((kept, -scores[kept]))]
+    kept = np.flatnonzero(scores > 0)  # first: a partition among thousands of equal zeros is slow
+    if k < len(kept):
+        positive = scores[kept]
+        kept = kept[positive >= np.partition(positive, -k)[-k]]
+    return kept[np.lexsort((kept, -scores[kept]))][:k]

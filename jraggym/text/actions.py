@@ -27,14 +27,15 @@ def format_action(action: Search | Answer) -> str:
 
     The space after the tag lets a subword tokenizer spell a name here as it spells it inside a sentence.
     """
+    thought = f"{THINK} {action.thought}{END_THINK}" if action.thought else ""
     if isinstance(action, Search):
-        return f"{SEARCH} {action.query}{END_SEARCH}"
-    return f"{ANSWER} {action.text}{END_ANSWER}"
+        return f"{thought}{SEARCH} {action.query}{END_SEARCH}"
+    return f"{thought}{ANSWER} {action.text}{END_ANSWER}"
 
 
 def parse_action(output: str) -> Action:
     """Reads a model output by the grammar above; never raises, never executes anything."""
-    rest = output.strip()
+    rest, thought = output.strip(), ""
     if rest.startswith(THINK):
         thought, closed, rest = rest[len(THINK) :].partition(END_THINK)
         if not closed:
@@ -44,11 +45,11 @@ def parse_action(output: str) -> Action:
         rest = rest.lstrip()
     for opening, closing, build in ((SEARCH, END_SEARCH, Search), (ANSWER, END_ANSWER, Answer)):
         if rest.startswith(opening):
-            return _body(rest[len(opening) :], closing, build)
+            return _body(rest[len(opening) :], closing, build, thought.strip())
     return Malformed("no <search> or <answer> at the start")
 
 
-def _body(rest: str, closing: str, build: type[Search] | type[Answer]) -> Action:
+def _body(rest: str, closing: str, build: type[Search] | type[Answer], thought: str) -> Action:
     body, closed, tail = rest.partition(closing)
     if not closed:
         return Malformed(f"no {closing}")
@@ -61,4 +62,4 @@ def _body(rest: str, closing: str, build: type[Search] | type[Answer]) -> Action
     if any(unicodedata.category(char) in ("Cc", "Cs") for char in body):
         return Malformed("control character")
     text = body.strip()
-    return build(text) if text else Malformed("empty action")
+    return build(text, thought) if text else Malformed("empty action")

@@ -75,7 +75,7 @@ class Codec:
                 ids += segment
                 counts += [place == 0] * len(segment)
         if final.answer is not None:
-            answer = self.tokenizer.encode([format_action(Answer(final.answer))])[0]
+            answer = self.tokenizer.encode([format_action(Answer(final.answer, final.thought))])[0]
             ids += answer
             counts += [True] * len(answer)
         return Row([i for segment in prompt for i in segment], [ids], [counts], [1.0], [True])

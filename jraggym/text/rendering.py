@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 
 from jraggym.text.actions import TAGS, format_action
-from jraggym.types import Document, Malformed, State, Turn
+from jraggym.types import Document, Malformed, Search, State, Turn
 
 QUESTION, DOCUMENT, NOTHING, MALFORMED, FINISH = "<question>", "<document>", "<nothing>", "<malformed>", "<finish>"
 MARKERS = (*TAGS, QUESTION, DOCUMENT, NOTHING, MALFORMED, FINISH)
@@ -42,7 +42,8 @@ def render_turn(turn: Turn) -> tuple[str, ...]:
     """What one turn appends: the action, then what came back."""
     if isinstance(turn.action, Malformed):
         return (MALFORMED,)
-    return (format_action(turn.action), *(map(render_document, turn.documents) if turn.documents else (NOTHING,)))
+    action = Search(neutralise(turn.action.query), neutralise(turn.action.thought))
+    return (format_action(action), *(map(render_document, turn.documents) if turn.documents else (NOTHING,)))
 
 
 def render_document(document: Document) -> str:

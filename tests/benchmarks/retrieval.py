@@ -17,9 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"  # read by the libraries when they are imported below
-
 import faiss
 import numpy as np
 import tyro
@@ -136,7 +133,7 @@ def synthetic_texts(config: Config) -> tuple[list[str], list[str]]:
 def main() -> None:
     """Runs every comparison that the data at hand allows."""
     config = tyro.cli(Config, description=__doc__)
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(1)  # the others search on one thread by themselves
     print(json.dumps({"numpy": np.__version__, "faiss": faiss.__version__, "cores": os.cpu_count(), "threads": 1}))
     compare_dense("clustered", *clustered(config))
     if not HOTPOT.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = {"person": 2, "film": 2, "book": 2, "company": 1, "city": 1}  # kind -> words in a name
+KINDS = {"person": 1, "film": 1, "book": 1, "company": 1, "city": 1}  # kind -> words in a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +34,33 @@ RELATIONS = {
     )
 }
 
+# Each paragraph names its subject beside the title, so that a search for an entity finds its own page before
+# the pages that mention it.
 PARAGRAPHS = {
     "person": (
-        "A person born in {birthplace}, who works for {employer} and is married to {spouse}.",
-        "Works for {employer}. Born in {birthplace}; spouse {spouse}.",
-        "The spouse of {spouse}, born in {birthplace}. The employer is {employer}.",
+        "{name} is a person with birthplace {birthplace}, employer {employer} and spouse {spouse}.",
+        "{name} works for the employer {employer}. The birthplace is {birthplace}, the spouse {spouse}.",
+        "Married to the spouse {spouse}, {name} has birthplace {birthplace} and employer {employer}.",
     ),
     "film": (
-        "A film directed by {director} and produced by {studio}.",
-        "Produced by the studio {studio}, this film has {director} as director.",
-        "The director of this film is {director}; the studio is {studio}.",
+        "{name} is a film by the director {director} for the studio {studio}.",
+        "Made by the studio {studio}, the film {name} has director {director}.",
+        "The director of {name} is {director}, the studio {studio}.",
     ),
     "book": (
-        "A book written by {author} and published by {publisher}.",
-        "Published by {publisher}, this book is the work of {author}, the author.",
-        "The author of this book is {author}; the publisher is {publisher}.",
+        "{name} is a book by the author {author}, from the publisher {publisher}.",
+        "Brought out by the publisher {publisher}, the book {name} has author {author}.",
+        "The author of {name} is {author}, the publisher {publisher}.",
     ),
     "company": (
-        "A company based in {headquarters}. It was founded by {founder}.",
-        "Founded by {founder}, the company has its headquarters in {headquarters}.",
-        "The founder of this company is {founder}; the headquarters are in {headquarters}.",
+        "{name} is a company with headquarters {headquarters} and founder {founder}.",
+        "Started by the founder {founder}, {name} has headquarters {headquarters}.",
+        "The founder of {name} is {founder}; headquarters {headquarters}.",
     ),
     "city": (
-        "A city governed by {mayor} and twinned with {twin}.",
-        "The twin city is {twin}. The mayor is {mayor}.",
-        "{mayor} is the mayor of this city, a twin of {twin}.",
+        "{name} is a city with mayor {mayor} and twin {twin}.",
+        "The twin of {name} is {twin}, the mayor {mayor}.",
+        "Governed by the mayor {mayor}, {name} has twin {twin}.",
     ),
 }
 

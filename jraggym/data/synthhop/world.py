@@ -157,7 +157,7 @@ def _assemble(
     for (name, relation), value in facts.items():
         values[name][relation] = value
     documents = tuple(
-        Document(name, name, rng.choice(PARAGRAPHS[kind]).format(**values[name])) for name, kind in kinds.items()
+        Document(name, name, rng.choice(PARAGRAPHS[kind]).format(name=name, **values[name])) for name, kind in kinds.items()
     )
     pairs = [_phrase(query, facts) for query in queries]
     examples = tuple(example for example, _ in pairs)
@@ -170,7 +170,9 @@ def _phrase(query: _Query, facts: dict[tuple[str, str], str]) -> tuple[Example, 
     rng = random.Random(query.form)
     if len(query.subjects) == 2:
         return _phrase_pair(query, facts, rng)
-    entity, phrase, support, queries, bridges = query.subjects[0], query.subjects[0], [], [], []
+    entity = phrase = query.subjects[0]
+    support: list[str] = []
+    queries, bridges = [], []
     for name in query.chain:
         support.append(entity)
         queries.append(f"{entity} {name}")
@@ -180,7 +182,8 @@ def _phrase(query: _Query, facts: dict[tuple[str, str], str]) -> tuple[Example, 
     wh = WH[RELATIONS[query.chain[-1]].object]
     question = rng.choice(QUESTIONS).format(wh=wh, chain=phrase)
     example = Example(query.id, question, (entity,), query.kind, tuple(dict.fromkeys(support)))
-    return example, Plan(tuple(queries), tuple(bridges), entity, "/".join(query.chain))
+    thoughts = tuple(f"{name} {value}" for name, value in zip(query.chain, bridges, strict=True))
+    return example, Plan(tuple(queries), thoughts, tuple(bridges), entity, "/".join(query.chain))
 
 
 def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.Random) -> tuple[Example, Plan]:
@@ -195,7 +198,9 @@ def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.R
         answer = x if facts[x, relation] == query.value else y
         hasty = x
     example = Example(query.id, question, (answer,), query.kind, (x, y))
-    plan = Plan((f"{x} {relation}", f"{y} {relation}"), (hasty, hasty), answer, f"{query.kind}/{relation}")
-    return example, plan
+    queries = (f"{x} {relation}", f"{y} {relation}")
+    first = f"{relation} {facts[x, relation]}"
+    thoughts = (first, f"{first} {relation} {facts[y, relation]}")
+    return example, Plan(queries, thoughts, (hasty, hasty), answer, f"{query.kind}/{relation}")
 
 
