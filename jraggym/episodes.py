@@ -90,7 +90,13 @@ class Episodes:
         return ids, mask, opened
 
     def act(
-        self, turn: int, rows: Sequence[int], tokens: np.ndarray, mask: np.ndarray, logprob: np.ndarray, score: np.ndarray
+        self,
+        turn: int,
+        rows: Sequence[int],
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        logprob: np.ndarray,
+        score: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reads the sampled actions and says what is to be retrieved.
 

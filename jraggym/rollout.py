@@ -1,10 +1,10 @@
 """Rollouts: one jitted program that runs whole episodes, with retrieval in host callbacks.
 
-    while any episode is open:
-        sample K actions of each prompt  ->  score them (critic)           on the device
-        parse, say what to retrieve                                        host callback 1: Episodes.act
-        embed the queries                                                  on the device
-        search, fuse, judge, execute one candidate, render                 host callback 2: Episodes.observe
+while any episode is open:
+    sample K actions of each prompt  ->  score them (critic)           on the device
+    parse, say what to retrieve                                        host callback 1: Episodes.act
+    embed the queries                                                  on the device
+    search, fuse, judge, execute one candidate, render                 host callback 2: Episodes.observe
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class Rollout:
             logprob = jnp.sum(samples.logprob, axis=-1)
             # `acted` is `rows` again: handing it on makes observe wait for act, whatever the encoder does.
             acted, ids, ids_mask = self._call("act", turn, rows, samples.tokens, samples.mask, logprob, score)
-            vectors = self._retriever.encode(encoder, ids.reshape(-1, ids.shape[-1]), ids_mask.reshape(-1, ids.shape[-1]))
+            vectors = self._retriever.encode(
+                encoder, ids.reshape(-1, ids.shape[-1]), ids_mask.reshape(-1, ids.shape[-1])
+            )
             vectors = vectors.reshape(*ids.shape[:2], -1)
             return (turn + 1, *self._call("observe", turn, acted, vectors))
 
@@ -116,7 +118,9 @@ class Rollout:
         prefix = prefix_forward(critic.trunk, self._config, prompt, mask)
         first = jnp.broadcast_to(start[:, None, None], (*samples.tokens.shape[:2], 1))
         tokens = jnp.concatenate([first, samples.tokens], axis=2)
-        return samples, critic_scores(critic, self._config, prefix, tokens, jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True))
+        return samples, critic_scores(
+            critic, self._config, prefix, tokens, jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+        )
 
     def _call(self, name: str, turn: Array, rows: Array, *arrays: Array) -> Any:
         """Calls `Episodes.<name>` on the host, on each data shard for its own rows."""

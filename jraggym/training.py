@@ -7,9 +7,9 @@ has to be remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from flax import struct
 from jax import Array
 
 from jraggym.batch import ProcessBatch
-from jraggym.errors import InputError
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, ProcessBatch], tuple[Array, Metrics]]

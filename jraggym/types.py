@@ -30,7 +30,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Ask the retriever. The thought before an action is kept for the transcript; it does not make it another action."""
+    """Ask the retriever. The thought before it is kept for the transcript; it does not make another action."""
 
     query: str
     thought: str = dataclasses.field(default="", compare=False)
@@ -67,7 +67,8 @@ class Turn:
 class State:
     """What the agent knows: the question and the turns so far (RAG-Gym 2.1: s_t = (Q, H_t)).
 
-    `answer` is set by the terminal action, and `thought` holds the thought before it. `truncated` says that the turn budget ended first.
+    `answer` is set by the terminal action, and `thought` holds the thought before it. `truncated` says that the
+    turn budget ended first.
     """
 
     question: str

@@ -59,9 +59,7 @@ def progress(plan: Plan, state: State) -> int:
     return next((i for i, query in enumerate(plan.queries) if query not in asked), len(plan.queries))
 
 
-def demonstrate(
-    plan: Plan, state: State, faults: Faults, rng: random.Random, *, last_turn: bool
-) -> Search | Answer:
+def demonstrate(plan: Plan, state: State, faults: Faults, rng: random.Random, *, last_turn: bool) -> Search | Answer:
     """The scripted action at `state`: the plan's next one, or with the group's probability a fault.
 
     On the last turn the script answers with the best it has.

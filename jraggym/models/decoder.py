@@ -5,8 +5,7 @@ Two functions carry training and inference alike:
     prefix_forward   one causal pass over the prompts                     -> keys and values of every layer
     branch_forward   K continuations of each prompt, attending to the prompt's keys and to their own
 
-so a prompt is computed once however many candidates branch from it. Splitting the softmax over the two parts
-is exact: with scores s = [s_prompt | s_own], softmax(s) V = (e^s_prompt V_prompt + e^s_own V_own) / sum(e^s).
+so a prompt is computed once however many candidates branch from it.
 
 Letters: B batch, P prompt tokens, K candidates, A branch tokens, S cache slots, D model, Q query heads,
 G key/value heads, H head dim, F feed-forward, V vocabulary, N layers.
@@ -24,6 +23,7 @@ from flax import struct
 from jax import Array
 
 from jraggym.errors import InputError
+from jraggym.models.attention import Keys, attend, matmul, rotary, turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,14 @@ class DecoderConfig:
     vocab: int = 1024
     model: int = 96
     layers: int = 2
-    query_heads: int = 2
-    kv_heads: int = 2
+    query_heads: int = 3
+    kv_heads: int = 3
     head_dim: int = 48
     feed_forward: int = 256
-    rope_theta: float = 10_000.0
+    rope_theta: float = 1_000.0
     norm_eps: float = 1e-6
     tied: bool = True
-    bias: float = 0.0
+    qkv_bias: bool = True  # as in Qwen2
     dtype: str = "float32"  # of activations; weights stay in float32
     remat: bool = False  # recompute layer activations in the backward pass
 
@@ -113,9 +113,9 @@ def specs(config: DecoderConfig) -> Decoder:
             q=Spec((n, d, qh), ("layer", "model", "heads"), inner),
             k=Spec((n, d, gh), ("layer", "model", "kv_heads"), inner),
             v=Spec((n, d, gh), ("layer", "model", "kv_heads"), inner),
-            q_bias=Spec((n, qh), ("layer", "heads"), config.bias) if config.bias else None,
-            k_bias=Spec((n, gh), ("layer", "kv_heads"), config.bias) if config.bias else None,
-            v_bias=Spec((n, gh), ("layer", "kv_heads"), 1e-3) if config.bias else None,
+            q_bias=Spec((n, qh), ("layer", "heads"), 0.1) if config.qkv_bias else None,
+            k_bias=Spec((n, gh), ("layer", "kv_heads"), 0.1) if config.qkv_bias else None,
+            v_bias=Spec((n, gh), ("layer", "kv_heads"), 1e-3) if config.qkv_bias else None,
             o=Spec((n, qh, d), ("layer", "heads", "model"), outer * qh**-0.5),
             mlp_norm=Spec((n, d), ("layer", None), 0.0),
             gate=Spec((n, d, f), ("layer", "model", "feed_forward"), inner),
@@ -141,6 +141,23 @@ def init(table: Any, key: Array) -> Any:
     )
 
 
+def look_back(weights: Decoder, config: DecoderConfig, strength: float = 2.5) -> Decoder:
+    """Starts the first head of the first layer off looking at the previous token.
+
+    That is the half of an induction head which takes longest to form, and a from-scratch actor copies names by
+    induction. With biases k = a and q = a turned by -1 position, the score at distance d is a^2 sum_f cos(f (d - 1)).
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
+    q = strength * jnp.concatenate([jnp.cos(frequency), -jnp.sin(frequency)])
+    k = strength * jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
+    layers = weights.layers
+    layers = layers.replace(
+        q_bias=layers.q_bias.at[0, : config.head_dim].set(q), k_bias=layers.k_bias.at[0, : config.head_dim].set(k)
+    )
+    return weights.replace(layers=layers)
+
+
 def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array) -> Prefix:
     """One causal pass over left-padded prompts.
 
@@ -148,13 +165,13 @@ def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, promp
     Returns: the keys and values of tokens 0 .. P - 2; the last prompt token is each branch's first token.
     """
     position = jnp.cumsum(prompt_mask, axis=1) - 1
-    mask, tokens, rotary = prompt_mask[:, :-1], prompt[:, :-1], _rotary(config, position[:, :-1])
+    mask, tokens, angles = prompt_mask[:, :-1], prompt[:, :-1], _angles(config, position[:, :-1])
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = (causal & mask[:, None, :])[:, None]  # [B, 1, T, T]
 
     def step(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
-        q, k, v = _qkv(layer, config, x, rotary)
-        attended = _attend(q, [(k, v, visible)], config)
+        q, k, v = _qkv(layer, config, x, angles)
+        attended = attend(q, [Keys(k, v, visible)])
         return _residual(layer, config, x, attended), (k, v)
 
     x = _embed(weights, config, tokens)
@@ -170,14 +187,14 @@ def branch_forward(weights: Decoder, config: DecoderConfig, prefix: Prefix, toke
     """
     b, k_, a = tokens.shape
     position = prefix.start[:, None, None] + jnp.arange(a)
-    rotary = _rotary(config, jnp.broadcast_to(position, (b, k_, a)).reshape(b * k_, a))
+    angles = _angles(config, jnp.broadcast_to(position, (b, k_, a)).reshape(b * k_, a))
     own = jnp.tril(jnp.ones((a, a), bool)) & mask.reshape(b * k_, 1, 1, a)
     shared = prefix.mask[:, None, None]  # [B, 1, 1, P - 1]
 
     def step(x: Array, inputs: tuple[Layer, Array, Array]) -> tuple[Array, None]:
         layer, prefix_k, prefix_v = inputs
-        q, k, v = _qkv(layer, config, x, rotary)
-        attended = _attend(q, [(prefix_k, prefix_v, shared), (k, v, own)], config)
+        q, k, v = _qkv(layer, config, x, angles)
+        attended = attend(q, [Keys(prefix_k, prefix_v, shared), Keys(k, v, own)])
         return _residual(layer, config, x, attended), None
 
     x = _embed(weights, config, tokens.reshape(b * k_, a))
@@ -196,16 +213,16 @@ def decode_step(
     """
     b, k_ = token.shape
     position = jnp.repeat(prefix.start + slot, k_)[:, None]
-    rotary = _rotary(config, position)
+    angles = _angles(config, position)
     own = (jnp.arange(cache[0].shape[3]) <= slot)[None, None, None]  # [1, 1, 1, S]
     shared = prefix.mask[:, None, None]
 
     def step(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         layer, prefix_k, prefix_v, own_k, own_v = inputs
-        q, k, v = _qkv(layer, config, x, rotary)
+        q, k, v = _qkv(layer, config, x, angles)
         own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k, slot, axis=2)
         own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v, slot, axis=2)
-        attended = _attend(q, [(prefix_k, prefix_v, shared), (own_k, own_v, own)], config)
+        attended = attend(q, [Keys(prefix_k, prefix_v, shared), Keys(own_k, own_v, own)])
         return _residual(layer, config, x, attended), (own_k, own_v)
 
     x = _embed(weights, config, token.reshape(b * k_, 1))
@@ -237,91 +254,27 @@ def _embed(weights: Decoder, config: DecoderConfig, tokens: Array) -> Array:
     return weights.embed[tokens].astype(config.dtype) * config.model**0.5
 
 
-def _rotary(config: DecoderConfig, position: Array) -> tuple[Array, Array]:
-    """Cosines and sines [X, 1, T, H / 2] for positions [X, T] (RoFormer, arXiv 2104.09864)."""
-    frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
-    angle = position[:, None, :, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+def _angles(config: DecoderConfig, position: Array) -> tuple[Array, Array]:
+    return rotary(position, config.head_dim, config.rope_theta)
 
 
-def _turn(x: Array, rotary: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (i, i + H / 2) of x [X, heads, T, H]."""
-    cos, sin = rotary
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-def _qkv(layer: Layer, config: DecoderConfig, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, config: DecoderConfig, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Queries [X, Q, T, H] and keys, values [X, G, T, H] of hidden states [X, T, D]."""
     x = rms_norm(x, layer.attention_norm, config.norm_eps)
 
     def heads(matrix: Array, bias: Array | None, count: int) -> Array:
-        y = _matmul(x, matrix)
+        y = matmul(x, matrix)
         y = y if bias is None else y + bias.astype(y.dtype)
         return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
     q, k = heads(layer.q, layer.q_bias, config.query_heads), heads(layer.k, layer.k_bias, config.kv_heads)
-    return _turn(q, rotary), _turn(k, rotary), heads(layer.v, layer.v_bias, config.kv_heads)
-
-
-def _attend(q: Array, parts: list[tuple[Array, Array, Array]], config: DecoderConfig) -> Array:
-    """Attention of queries [X, Q, T, H] over the union of several key sets, each (k, v, visible).
-
-    A part has k, v [Y, G, S, H], where X is a multiple of Y (X = B * K branches share Y = B prompts), and
-    `visible` broadcasts to [Y, 1, rows or 1, S] for that part's grouping of rows. Returns [X, T, Q * H].
-    """
-    x, heads, t, h = q.shape
-    scores = [_scores(q * h**-0.5, k, visible, config) for k, _, visible in parts]
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0))
-    total, mixed = 0.0, 0.0
-    for score, (_, v, _) in zip(scores, parts, strict=True):
-        weight = jnp.exp(score - top[..., None])
-        total = total + jnp.sum(weight, axis=-1)
-        mixed = mixed + _mix(weight.astype(v.dtype), v, config)
-    out = mixed / total[..., None].astype(mixed.dtype)
-    return out.swapaxes(1, 2).reshape(x, t, heads * h)
-
-
-def _group(y: Array, sets: int, groups: int) -> Array:
-    """[X, Q, T, ...] -> [Y, G, (X/Y) * (Q/G) * T, ...]: all rows that share a key set, side by side."""
-    x, heads, t, w = y.shape
-    y = y.reshape(sets, x // sets, groups, heads // groups, t, w)
-    return y.transpose(0, 2, 1, 3, 4, 5).reshape(sets, groups, -1, w)
-
-
-def _ungroup(y: Array, shape: tuple[int, int, int]) -> Array:
-    """The inverse of `_group` for the shape (X, Q, T)."""
-    x, heads, t = shape
-    sets, groups, _, w = y.shape
-    y = y.reshape(sets, groups, x // sets, heads // groups, t, w)
-    return y.transpose(0, 2, 1, 3, 4, 5).reshape(x, heads, t, w)
-
-
-def _scores(q: Array, k: Array, visible: Array, config: DecoderConfig) -> Array:
-    """Masked scores [X, Q, T, S] in float32."""
-    grouped = _group(q, *k.shape[:2])
-    scores = jnp.einsum("ygrh,ygsh->ygrs", grouped, k, preferred_element_type=jnp.float32)
-    scores = _ungroup(scores, q.shape[:3])
-    visible = jnp.repeat(visible, q.shape[0] // visible.shape[0], axis=0) if visible.shape[0] > 1 else visible
-    return jnp.where(visible, scores, -1e30)
-
-
-def _mix(weight: Array, v: Array, config: DecoderConfig) -> Array:
-    """Weighted values [X, Q, T, H]."""
-    grouped = _group(weight, *v.shape[:2])
-    return _ungroup(jnp.einsum("ygrs,ygsh->ygrh", grouped, v), weight.shape[:3])
+    return turn(q, angles), turn(k, angles), heads(layer.v, layer.v_bias, config.kv_heads)
 
 
 def _residual(layer: Layer, config: DecoderConfig, x: Array, attended: Array) -> Array:
-    x = x + _matmul(attended, layer.o)
+    x = x + matmul(attended, layer.o)
     y = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    return x + _matmul(jax.nn.silu(_matmul(y, layer.gate)) * _matmul(y, layer.up), layer.down)
-
-
-def _matmul(x: Array, matrix: Array) -> Array:
-    """x @ matrix as one flat product: XLA's CPU backend is fastest on two-dimensional operands."""
-    flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
-    return flat.reshape(*x.shape[:-1], -1)
+    return x + matmul(jax.nn.silu(matmul(y, layer.gate)) * matmul(y, layer.up), layer.down)
 
 
 def _remat(step: Callable, config: DecoderConfig) -> Callable:

@@ -25,9 +25,7 @@ def branches(batch: ProcessBatch) -> tuple[Array, Array]:
     return tokens, jnp.concatenate([jnp.ones((b, k, 1), bool), batch.action_mask], axis=2)
 
 
-def token_logprobs(
-    weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None = None
-) -> Array:
+def token_logprobs(weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None = None) -> Array:
     """Log-probabilities [B, K, A] of the tokens in `loss_mask`, in nats, and 0 elsewhere.
 
     Only the states before such tokens meet the vocabulary matrix. `capacity` is a static upper bound on how many

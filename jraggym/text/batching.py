@@ -57,7 +57,9 @@ class Codec:
     def row(self, state: State, actions: Sequence[str], rewards: Sequence[float | None]) -> Row:
         """A state with K candidate actions; repeated texts and unlabelled candidates do not count."""
         ids = self.tokenizer.encode(actions)
-        distinct = [r is not None and a not in actions[:i] for i, (a, r) in enumerate(zip(actions, rewards, strict=True))]
+        distinct = [
+            r is not None and a not in actions[:i] for i, (a, r) in enumerate(zip(actions, rewards, strict=True))
+        ]
         rewards = [0.0 if r is None else r for r in rewards]
         return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], rewards, distinct)
 

@@ -68,7 +68,9 @@ class SentencePieceTokenizer:
         try:
             return cls(Path(path).read_bytes())
         except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot read the tokenizer {path}", got=error, remedy="Give a SentencePiece model.") from None
+            raise InputError(
+                f"cannot read the tokenizer {path}", got=error, remedy="Give a SentencePiece model."
+            ) from None
 
     @property
     def vocab_size(self) -> int:

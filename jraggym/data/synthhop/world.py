@@ -157,7 +157,8 @@ def _assemble(
     for (name, relation), value in facts.items():
         values[name][relation] = value
     documents = tuple(
-        Document(name, name, rng.choice(PARAGRAPHS[kind]).format(name=name, **values[name])) for name, kind in kinds.items()
+        Document(name, name, rng.choice(PARAGRAPHS[kind]).format(name=name, **values[name]))
+        for name, kind in kinds.items()
     )
     pairs = [_phrase(query, facts) for query in queries]
     examples = tuple(example for example, _ in pairs)
@@ -202,5 +203,3 @@ def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.R
     first = f"{relation} {facts[x, relation]}"
     thoughts = (first, f"{first} {relation} {facts[y, relation]}")
     return example, Plan(queries, thoughts, (hasty, hasty), answer, f"{query.kind}/{relation}")
-
-

@@ -1,0 +1,89 @@
+"""Attention over a union of key sets, rotary positions and the flat matrix product: what a decoder layer is made of.
+
+Letters: X rows of the batch (B prompts or B * K branches), Y key sets, T tokens, S key slots, Q query heads,
+G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Keys(NamedTuple):
+    """One set of keys that queries attend to."""
+
+    k: Array  # [Y, G, S, H]
+    v: Array  # [Y, G, S, H]
+    visible: Array  # bool, broadcasts to [X, Q, T, S], with 1, Y or X rows
+
+
+def rotary(position: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines [X, 1, T, H / 2] for positions [X, T] (RoFormer, arXiv 2104.09864)."""
+    frequency = theta ** -(jnp.arange(0, head_dim, 2) / head_dim)
+    angle = position[:, None, :, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def turn(x: Array, angles: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (i, i + H / 2) of x [X, heads, T, H]."""
+    cos, sin = angles
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: Array, parts: list[Keys]) -> Array:
+    """Softmax attention of queries [X, Q, T, H] over the union of several key sets; returns [X, T, Q * H].
+
+    X may be a multiple of a set's Y: the B * K branches share the keys of B prompts. Splitting is exact: with
+    scores [s1 | s2], softmax(s) V = (e^s1 V1 + e^s2 V2) / (sum e^s1 + sum e^s2).
+    """
+    x, heads, t, h = q.shape
+    scores = [_scores(q * h**-0.5, part) for part in parts]
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0))
+    total, mixed = jnp.zeros(()), jnp.zeros((), q.dtype)
+    for score, part in zip(scores, parts, strict=True):
+        weight = jnp.exp(score - top[..., None])
+        total = total + jnp.sum(weight, axis=-1)
+        mixed = mixed + _mix(weight.astype(part.v.dtype), part.v)
+    out = mixed / total[..., None].astype(mixed.dtype)
+    return out.swapaxes(1, 2).reshape(x, t, heads * h)
+
+
+def matmul(x: Array, matrix: Array) -> Array:
+    """x @ matrix as one flat product: XLA's CPU backend is fastest on two-dimensional operands."""
+    flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], -1)
+
+
+def _scores(q: Array, part: Keys) -> Array:
+    """Masked scores [X, Q, T, S] in float32."""
+    grouped = _group(q, *part.k.shape[:2])
+    scores = jnp.einsum("ygrh,ygsh->ygrs", grouped, part.k, preferred_element_type=jnp.float32)
+    rows = part.visible.shape[0]
+    visible = part.visible if rows in (1, q.shape[0]) else jnp.repeat(part.visible, q.shape[0] // rows, axis=0)
+    return jnp.where(visible, _ungroup(scores, q.shape[:3]), -1e30)
+
+
+def _mix(weight: Array, v: Array) -> Array:
+    """Weighted values [X, Q, T, H]."""
+    grouped = _group(weight, *v.shape[:2])
+    return _ungroup(jnp.einsum("ygrs,ygsh->ygrh", grouped, v), weight.shape[:3])
+
+
+def _group(y: Array, sets: int, groups: int) -> Array:
+    """[X, Q, T, ...] -> [Y, G, (X/Y) * (Q/G) * T, ...]: all rows that share a key set, side by side."""
+    x, heads, t, w = y.shape
+    y = y.reshape(sets, x // sets, groups, heads // groups, t, w)
+    return y.transpose(0, 2, 1, 3, 4, 5).reshape(sets, groups, -1, w)
+
+
+def _ungroup(y: Array, shape: tuple[int, int, int]) -> Array:
+    """The inverse of `_group` for the shape (X, Q, T)."""
+    x, heads, t = shape
+    sets, groups, _, w = y.shape
+    y = y.reshape(sets, groups, x // sets, heads // groups, t, w)
+    return y.transpose(0, 2, 1, 3, 4, 5).reshape(x, heads, t, w)
