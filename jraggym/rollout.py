@@ -10,7 +10,7 @@ while any episode is open:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -58,17 +58,36 @@ class Rollout:
         self._run = jax.jit(self._program)
 
     @property
+    def max_turns(self) -> int:
+        """The turn budget of an episode."""
+        return self._rules.max_turns
+
+    @property
     def compilations(self) -> int:
         """How many programs were compiled so far."""
         return self._run._cache_size()
 
-    def run(self, policy: Policy, examples: Sequence[Example], key: Array) -> Iterator[Trajectory]:
-        """Yields the episodes of `examples`, in order; a result depends on (key, example), not on the batch."""
+    def run(
+        self,
+        policy: Policy,
+        examples: Sequence[Example],
+        key: Array,
+        *,
+        rules: Rules | None = None,
+        retriever: Retriever | None = None,
+    ) -> Iterator[Trajectory]:
+        """Yields the episodes of `examples`, in order; a result depends on (key, example), not on the batch.
+
+        Other `rules` (with a judge if and only if the rollout's own have one, and no more turns) and a `retriever`
+        with the same encoder live on the host: they replace the rollout's own without a new compilation.
+        """
+        rules, retriever = rules or self._rules, retriever or self._retriever
         for start in range(0, len(examples), self._batch):
-            yield from self._run_batch(policy, examples[start : start + self._batch], key)
+            part = examples[start : start + self._batch]
+            self._episodes = Episodes(part, replace(self._codec, max_turns=rules.max_turns), retriever, rules)
+            yield from self._run_batch(policy, part, key)
 
     def _run_batch(self, policy: Policy, examples: Sequence[Example], key: Array) -> list[Trajectory]:
-        self._episodes = Episodes(examples, self._codec, self._retriever, self._rules)
         rows = np.arange(self._batch, dtype=np.int32)
         names = np.array([_stable_hash(e.id) for e in examples] + [0] * (self._batch - len(examples)), np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)

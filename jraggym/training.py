@@ -1,6 +1,7 @@
 """The training loop: an objective and an optimiser become one jitted step; batches are a function of the step.
 
-An objective is a pure function (weights, batch) -> (loss, metrics). The state is donated, so each step reuses
+An objective is a pure function (weights, batch, frozen) -> (loss, metrics), where `frozen` holds weights that are
+read but not trained, such as DPO's reference. The state is donated, so each step reuses
 its memory. Resuming restores the state and the step; since batch i is a pure function of (seed, i), nothing else
 has to be remembered.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax import Array
 from jraggym.batch import ProcessBatch
 
 Metrics = dict[str, Array]
-Objective = Callable[[Any, ProcessBatch], tuple[Array, Metrics]]
+Objective = Callable[[Any, ProcessBatch, Any], tuple[Array, Metrics]]
 
 
 @struct.dataclass
@@ -82,14 +83,73 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
 
 def make_step(
     objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, ProcessBatch], tuple[TrainState, Metrics]]:
-    """The jitted update; it compiles once for each batch shape."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted update (state, batch, frozen=None) -> (state, metrics); it compiles once for each batch shape."""
 
-    def step(state: TrainState, batch: ProcessBatch) -> tuple[TrainState, Metrics]:
-        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch)
+    def step(state: TrainState, batch: ProcessBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch, frozen)
         updates, moments = optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
         return TrainState(state.step + 1, weights, moments), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+class BatchSource(Protocol):
+    """Batch `step` of a training run, as a pure function of the step."""
+
+    def __getitem__(self, step: int) -> ProcessBatch: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what is optimised, how, on what, and what stays frozen."""
+
+    objective: Objective
+    optimization: Optimization
+    batches: BatchSource
+    frozen: Any = None
+
+
+def fit(
+    run: Run,
+    weights: Any,
+    checkpointer: Checkpointer | None = None,
+    *,
+    every: int = 100,
+    report: Callable[[int, Metrics], None] | None = None,
+) -> Any:
+    """Trains from `weights` and returns the final weights; resumes from the newest checkpoint.
+
+    Saves the whole state after every `every` steps and at the end; killed at any moment and called again, it ends
+    with the same bits. `report` gets (updates done, metrics) of each step. Raises InputError at a loss that is not
+    finite, naming the step; the last checkpoint stays as it is.
+    """
+    optimizer = run.optimization.build()
+    state = init_state(weights, optimizer)
+    if checkpointer is not None and checkpointer.latest() is not None:
+        state, _ = checkpointer.restore(jax.tree.map(_abstract, state))
+    step = make_step(run.objective, optimizer)
+    for i in range(int(state.step), run.optimization.steps):
+        state, metrics = step(state, run.batches[i], run.frozen)
+        last = i + 1 == run.optimization.steps
+        if last or (i + 1) % every == 0:
+            _check_finite(i, metrics)
+            if checkpointer is not None:
+                checkpointer.save(i + 1, state, {"step": i + 1})
+        if report is not None:
+            report(i + 1, metrics)
+    return state.weights
+
+
+def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _check_finite(step: int, metrics: Metrics) -> None:
+    bad = [name for name, value in metrics.items() if not jnp.isfinite(value)]
+    if bad:
+        raise InputError(
+            f"training diverged by step {step}", got=f"{', '.join(bad)} not finite", remedy="Lower the learning rate."
+        )

@@ -12,7 +12,7 @@ from jraggym.errors import InputError
 from jraggym.text.actions import format_action
 from jraggym.text.rendering import FINISH, render, render_turn
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.types import Answer, State
+from jraggym.types import Answer, Search, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,10 @@ class Codec:
         counts: list[bool] = []
         for number, turn in enumerate(final.turns, 2):
             segments = list(render_turn(turn)) + ([FINISH] if number == self.max_turns else [])
+            acted = isinstance(turn.action, Search)  # the <malformed> marker is not the policy's own text
             for place, segment in enumerate(self.tokenizer.encode(segments)):
                 ids += segment
-                counts += [place == 0] * len(segment)
+                counts += [acted and place == 0] * len(segment)
         if final.answer is not None:
             answer = self.tokenizer.encode([format_action(Answer(final.answer, final.thought))])[0]
             ids += answer
@@ -139,8 +140,21 @@ class Batches:
     of batches is shuffled; a bucket's last batch is filled up from its front.
     """
 
-    def __init__(self, rows: Sequence[Row], shapes: Sequence[Bucket], *, candidates: int, seed: int, pad: int = 0):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        shapes: Sequence[Bucket],
+        *,
+        candidates: int,
+        seed: int,
+        pad: int = 0,
+        short_first: int = 0,
+    ):
+        """`short_first`: so many steps draw from the first bucket alone (a curriculum)."""
+        if not rows:
+            raise InputError("there is no row to train on", got="0 rows", remedy="Give at least one.")
         self._rows, self._shapes, self._seed = rows, shapes, seed
+        self._short_first = short_first
         self._candidates, self._pad = candidates, pad
         self._members: list[list[int]] = [[] for _ in shapes]
         for i, row in enumerate(rows):
@@ -153,12 +167,17 @@ class Batches:
         return sum(-(-len(m) // shape.rows) for m, shape in zip(self._members, self._shapes, strict=True))
 
     def __getitem__(self, step: int) -> ProcessBatch:
-        epoch, place = divmod(step, self.epoch_steps)
+        if step < self._short_first:
+            per_epoch = -(-len(self._members[0]) // self._shapes[0].rows)
+            epoch, place = divmod(step, per_epoch)
+            return self._collate(0, self._deal(np.random.default_rng((self._seed, epoch, 1)), 0)[place])
+        epoch, place = divmod(step - self._short_first, self.epoch_steps)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._epoch(epoch))
-        which, chosen = self._plan[1][place]
-        shape = self._shapes[which]
-        rows = [self._rows[i] for i in chosen]
+        return self._collate(*self._plan[1][place])
+
+    def _collate(self, which: int, chosen: np.ndarray) -> ProcessBatch:
+        shape, rows = self._shapes[which], [self._rows[i] for i in chosen]
         return collate(rows, prompt=shape.prompt, action=shape.action, candidates=self._candidates, pad=self._pad)
 
     def _fit(self, sizes: tuple[int, int]) -> int:
@@ -169,9 +188,11 @@ class Batches:
 
     def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         rng = np.random.default_rng((self._seed, epoch))
-        plan = []
-        for which, (members, shape) in enumerate(zip(self._members, self._shapes, strict=True)):
-            order = rng.permutation(np.array(members, np.int64))
-            for start in range(0, len(order), shape.rows):
-                plan.append((which, order[np.arange(start, start + shape.rows) % len(order)]))
+        plan = [(which, rows) for which in range(len(self._shapes)) for rows in self._deal(rng, which)]
         return [plan[i] for i in rng.permutation(len(plan))]
+
+    def _deal(self, rng: np.random.Generator, which: int) -> list[np.ndarray]:
+        """A bucket's rows in random order, cut into batches."""
+        order, size = rng.permutation(np.array(self._members[which], np.int64)), self._shapes[which].rows
+        starts = range(0, len(order), size)
+        return [order[np.arange(start, start + size) % len(order)] for start in starts]

@@ -66,7 +66,10 @@ class SentencePieceTokenizer:
     def load(cls, path: Path) -> SentencePieceTokenizer:
         """Reads a model file; InputError when it is missing or no SentencePiece model."""
         try:
-            return cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
+            if not model:  # SentencePiece takes no bytes for no model, and loads nothing
+                raise RuntimeError("an empty file")
+            return cls(model)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"cannot read the tokenizer {path}", got=error, remedy="Give a SentencePiece model."

@@ -10,9 +10,14 @@ from __future__ import annotations
 import random
 from functools import cache
 
-ONSETS = ["B", "D", "F", "G", "H", "J", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z", "Br", "Dr", "Fl", "Gr", "Kr", "Pl", "St", "Tr"]
-RIMES = ["ar", "el", "in", "or", "un", "as", "em", "ol", "ed", "ig", "ab", "ok", "ut"]
-ENDINGS = ["van", "mer", "lis", "dor", "quil", "ben", "sen", "tho", "wick", "ram", "fel", "nos", "gard", "pin", "lund", "mira", "caster", "dell", "hold", "rane", "tov", "bury", "shaw", "mond", "kett", "rova", "stan", "lia", "pard", "gus", "veld", "nia", "trem", "chel", "zor", "bal", "fin", "crest", "dane", "holm", "ford", "mouth", "ridge", "worth", "sley", "bridge", "mont", "grove", "field", "lake", "nova", "tessa", "bina", "dora", "geth", "rick", "vard", "hagen", "moor", "vale", "wyn", "thal", "brook", "cliff", "port", "mede", "low", "step", "rust", "flor", "gaunt", "heim"]
+ONSETS = "B D F G H J K L M N P R S T V W Z Br Dr Fl Gr Kr Pl St Tr".split()
+RIMES = "ar el in or un as em ol ed ig ab ok ut".split()
+ENDINGS = (
+    "van mer lis dor quil ben sen tho wick ram fel nos gard pin lund mira caster dell hold rane tov bury "
+    "shaw mond kett rova stan lia pard gus veld nia trem chel zor bal fin crest dane holm ford mouth ridge "
+    "worth sley bridge mont grove field lake nova tessa bina dora geth rick vard hagen moor vale wyn thal "
+    "brook cliff port mede low step rust flor gaunt heim"
+).split()
 
 SHARES = {"train": 0.8, "development": 0.1, "test": 0.1}
 

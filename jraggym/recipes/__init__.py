@@ -1,0 +1,1 @@
+"""Recipes: whole workflows on the blocks below."""

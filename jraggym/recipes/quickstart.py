@@ -1,0 +1,235 @@
+"""The main job: questions in, a measurably better search agent out (Re2Search++'s shape: DPO actor + critic).
+
+    demonstrations -> SFT warm start -> collect labelled candidates -> SFT on good actions | DPO
+                                   collect again with the DPO actor -> critic
+
+Every stage is a pure function of the settings and leaves its result in `out`, so a job that is called again
+goes on where it stopped. Controls get the same data and steps with rewards dealt at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jraggym.batch import ProcessBatch
+from jraggym.checkpoint import Checkpointer
+from jraggym.collection import collect
+from jraggym.data.plan import Faults, demonstrate
+from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
+from jraggym.episodes import Rules
+from jraggym.labelling import support_judge
+from jraggym.models.critic import Critic, critic_specs
+from jraggym.models.decoder import Decoder, DecoderConfig, init, look_back, specs
+from jraggym.objectives.critic import critic_loss
+from jraggym.objectives.dpo import dpo_loss
+from jraggym.objectives.forward import candidate_scores, token_logprobs
+from jraggym.objectives.sft import sft_loss
+from jraggym.recipes.task import Split, Task
+from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.rollout import Policy, Rollout
+from jraggym.sampling import Sampling
+from jraggym.scripted import run_script
+from jraggym.text.actions import format_action
+from jraggym.text.batching import Batches, Codec, buckets, collate
+from jraggym.text.rendering import render_document
+from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.training import Metrics, Optimization, Run, fit
+from jraggym.types import Answer, Search
+
+Progress = Callable[[str, int, int, Metrics | None], None]  # (stage, done, total, metrics)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers. Letters: P prompt, A action tokens, K candidates."""
+
+    seed: int = 0
+    demonstrations: int = 16_000
+    collected: int = 640  # questions, in each of the two rounds
+    development: int = 200
+    test: int = 400
+    vocab: int = 1_024
+    max_turns: int = 5
+    documents: int = 2  # per search
+    max_prompt: int = 256  # P
+    max_action: int = 24  # A
+    candidates: int = 8  # K
+    temperature: float = 1.0
+    closed_book: float = 0.04  # share of demonstrations that answer without any search
+    faults: Faults = field(default_factory=Faults)
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    edges: tuple[tuple[int, int], ...] = ((32, 64), (32, 112), (32, 256))  # (P, A) of whole-episode batches
+    tokens: int = 3_072  # per whole-episode batch
+    states: int = 12  # per batch of labelled candidates
+    short_first: int = 120
+    warm_start: Optimization = field(default_factory=lambda: Optimization(500, rate=6e-3, warmup=20))
+    actor: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=0.0, rate=4e-4, warmup=10))
+    critic: Optimization = field(default_factory=lambda: Optimization(200, matrix_rate=4e-3, rate=1e-3, warmup=10))
+    beta: float = 0.1
+    nll: float = 0.1
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all stages share: the task, its retrievers, the tokenizer, where results lie, and who is told."""
+
+    settings: Settings
+    task: Task
+    train_retriever: HybridRetriever
+    test_retriever: HybridRetriever
+    tokenizer: SentencePieceTokenizer
+    out: Path
+    progress: Progress
+
+    @property
+    def config(self) -> DecoderConfig:
+        return dataclasses.replace(self.settings.model, vocab=self.tokenizer.vocab_size)
+
+    @property
+    def codec(self) -> Codec:
+        return Codec(self.tokenizer, self.settings.max_turns, self.settings.max_prompt)
+
+    def key(self, name: str) -> jax.Array:
+        """The random key of a stage; stages do not share randomness."""
+        return jax.random.fold_in(jax.random.key(self.settings.seed), random.Random(name).getrandbits(31))
+
+    def fit(self, name: str, weights: Any, run: Run) -> Any:
+        """Trains one model under `out`/checkpoints/`name`, resumably."""
+        total = run.optimization.steps
+        saved = Checkpointer(self.out / "checkpoints" / name, keep=1)
+        return fit(run, weights, saved, report=lambda step, metrics: self.progress(name, step, total, metrics))
+
+
+def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
+    """SentencePiece on the training split's own text: paragraphs, questions and the actions of the plans."""
+    split = task.train
+    texts = [render_document(document) for document in split.corpus]
+    for example in split.examples[:6_000]:
+        plan = split.plans[example.id]
+        texts += [example.question, format_action(Answer(plan.answer))]
+        texts += [format_action(Search(query)) for query in plan.queries]
+    return SentencePieceTokenizer.train(texts, settings.vocab)
+
+
+def warm_start(shop: Workshop) -> Decoder:
+    """SFT from scratch on imperfect demonstrations, whole episodes at a time."""
+    settings, split = shop.settings, shop.task.train
+    examples = split.examples[: settings.demonstrations]
+    rngs = [random.Random(f"{settings.seed}/{example.id}") for example in examples]
+    budgets = [1 if rng.random() < settings.closed_book else settings.max_turns for rng in rngs]
+
+    def script(i: int, state):
+        last = len(state.turns) + 1 >= budgets[i]
+        return demonstrate(split.plans[examples[i].id], state, settings.faults, rngs[i], last_turn=last)
+
+    episodes = run_script(examples, script, shop.train_retriever, budgets)
+    codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
+    rows = [codecs[budget].episode(episode.final) for budget, episode in zip(budgets, episodes, strict=True)]
+    shapes = buckets(settings.edges, settings.tokens, candidates=1)
+    data = Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=settings.short_first)
+    weights = look_back(init(specs(shop.config), shop.key("actor")), shop.config)
+    return shop.fit("warm start", weights, Run(imitation(shop.config), settings.warm_start, data))
+
+
+def imitation(config: DecoderConfig, share: float = 0.5):
+    """The SFT objective; at most `share` of the action positions are the policy's own (else the loss is NaN)."""
+
+    def objective(weights: Decoder, batch: ProcessBatch, frozen: None):
+        capacity = int(share * np.prod(batch.action.shape))
+        return sft_loss(token_logprobs(weights, config, batch, capacity), batch)
+
+    return objective
+
+
+def preference(config: DecoderConfig, beta: float, nll: float):
+    """The DPO objective; `frozen` is the reference policy."""
+
+    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder):
+        reference = jax.lax.stop_gradient(token_logprobs(frozen, config, batch))
+        return dpo_loss(token_logprobs(weights, config, batch), reference, batch, beta=beta, nll=nll)
+
+    return objective
+
+
+def ranking(config: DecoderConfig):
+    """The critic's objective."""
+
+    def objective(weights: Critic, batch: ProcessBatch, frozen: None):
+        return critic_loss(candidate_scores(weights, config, batch), batch)
+
+    return objective
+
+
+def collect_round(shop: Workshop, name: str, actor: Decoder, examples: Sequence, rollout: Rollout) -> list[ProcessRecord]:
+    """K labelled candidates for every state of the questions' episodes, stored as a dataset under `out`/data/`name`."""
+    settings = shop.settings
+    folder = shop.out / "data" / name
+    store = ChunkStore(folder / "chunks", {"name": name, "settings": settings.fingerprint(), "task": shop.task.name})
+    provenance = Provenance(name, "support_judge", "bm25+dense", settings.seed)
+    records = collect(
+        rollout,
+        Policy(shop.config, actor),
+        examples,
+        shop.key(name),
+        store,
+        provenance,
+        chunk=64,
+        report=lambda done: shop.progress(name, done, len(examples), None),
+    )
+    return list(build_dataset(folder / "dataset", records))
+
+
+def collector(shop: Workshop) -> Rollout:
+    """The rollout of both collections: the judge ranks K samples and the best is executed."""
+    settings = shop.settings
+    sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
+    rules = Rules(settings.max_turns, "reward", support_judge, seed=settings.seed)
+    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules)
+
+
+def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool = False):
+    """Batches of states with candidates through grain; states without a preference are left out.
+
+    `shuffle` deals each state's rewards anew among its distinct candidates: the control.
+    """
+    settings, codec = shop.settings, shop.codec
+    rows = []
+    for record in records:
+        row = codec.row(record.state, [c.text for c in record.candidates], [c.reward for c in record.candidates])
+        if len({r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}) > 1:
+            rows.append(_dealt(row, f"{settings.seed}/{record.id}") if shuffle else row)
+
+    def to_batch(chosen):
+        return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.candidates)
+
+    return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
+
+
+def _dealt(row, seed: str):
+    places = [i for i, counts in enumerate(row.distinct) if counts]
+    values = [row.rewards[i] for i in places]
+    random.Random(seed).shuffle(values)
+    rewards = list(row.rewards)
+    for place, value in zip(places, values, strict=True):
+        rewards[place] = value
+    return dataclasses.replace(row, rewards=rewards)
+
+
+def train_critic(shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False) -> Critic:
+    """A critic that starts from the actor's trunk."""
+    start = init(critic_specs(shop.config), shop.key("critic")).replace(trunk=actor)
+    run = Run(ranking(shop.config), shop.settings.critic, labelled(shop, records, shuffle=shuffle))
+    return shop.fit(name, start, run)

@@ -1,0 +1,79 @@
+"""What a recipe is run on: questions, corpora and plans of training, development and test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jraggym.data.hotpotqa import QuestionSet, read_official
+from jraggym.data.plan import Plan, plan_by_titles
+from jraggym.data.synthhop import make_world
+from jraggym.errors import InputError
+from jraggym.retrieval.corpus import Corpus
+from jraggym.types import Example
+
+
+@dataclass(frozen=True)
+class Split:
+    """Questions over one corpus, with a plan for each question that can be demonstrated."""
+
+    examples: tuple[Example, ...]
+    corpus: Corpus
+    plans: Mapping[str, Plan]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Three splits, of which tuning never sees the test one, and a control split with permuted values if there is one."""
+
+    name: str
+    train: Split
+    development: Split
+    test: Split
+    permuted: Split | None = None
+
+
+def synthhop_task(seed: int, *, train: int, development: int, test: int) -> Task:
+    """The embedded world; the numbers are questions."""
+    worlds = {
+        split: make_world(split, seed, questions=number)
+        for split, number in (("train", train), ("development", development), ("test", test))
+    }
+    splits = {name: _world_split(world) for name, world in worlds.items()}
+    return Task("synthhop", **splits, permuted=_world_split(worlds["test"].permuted(seed)))
+
+
+def _world_split(world) -> Split:
+    return Split(world.examples, Corpus.from_documents(world.documents), world.plans)
+
+
+
+
+def hotpotqa_task(folder: Path, *, train: int, development: int, test: int) -> Task:
+    """HotpotQA from the official files in `folder`; development questions are the last ones of the training file.
+
+    Each split's corpus is the union of its questions' paragraphs. Raises InputError for a missing folder or file.
+    """
+    if not folder.is_dir():
+        raise InputError("no HotpotQA folder", got=folder, remedy="Name the folder that holds the official json files.")
+    learn, exam = (_find(folder, split) for split in ("train", "test"))
+    held = max(1, min(development, len(learn.examples) // 10))
+    return Task(
+        "hotpotqa",
+        _titled(learn, learn.examples[:-held][:train]),
+        _titled(learn, learn.examples[-held:]),
+        _titled(exam, exam.examples[:test]),
+    )
+
+
+def _find(folder: Path, split: str) -> QuestionSet:
+    names = {"train": "hotpot_train*.json", "test": "hotpot_dev*.json"}
+    found = sorted(folder.glob(names[split]))
+    if not found:
+        raise InputError(f"no {split} file in {folder}", got="nothing", remedy=f"Put a {names[split]} there.")
+    return read_official(found[0])
+
+
+def _titled(questions: QuestionSet, examples: Sequence[Example]) -> Split:
+    return Split(tuple(examples), questions.corpus, {example.id: plan_by_titles(example) for example in examples})

@@ -1,0 +1,79 @@
+"""Where arrays live on a mesh: one table from the logical axes of weights to the axes of the mesh.
+
+    data     rows of the batch
+    fsdp     the model width of every matrix, gathered when used (fully sharded data parallelism)
+    tensor   attention heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jraggym.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, str | None] = {
+    "vocab": "tensor",
+    "model": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "feed_forward": "tensor",
+    "layer": None,
+    "batch": "data",
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data * fsdp * tensor devices; InputError when a size is below 1 or there are too few devices."""
+    sizes = (data, fsdp, tensor)
+    if min(sizes) < 1 or math.prod(sizes) > jax.device_count():
+        got = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        remedy = f"There are {jax.device_count()} devices: choose sizes whose product is at most that."
+        raise InputError("the mesh does not fit the devices", got=got, remedy=remedy)
+    # Auto: under Explicit, the default, a lookup in a sharded embedding table is refused.
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def shardings(table: Any, mesh: Mesh) -> Any:
+    """A tree of NamedSharding for a tree of specs, which have a `shape` and a logical name for each of its axes.
+
+    Raises InputError for an axis that RULES does not know, and for one whose size is no multiple of its mesh axis.
+
+    An axis "heads" of 128 on a mesh with tensor=2 gives each device 64.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, spec: _sharding(path, spec, mesh), table, is_leaf=_is_spec)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """The arrays of `tree`, distributed by a tree of shardings of the same structure."""
+    return jax.device_put(tree, shardings)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """How everything with a leading batch axis is spread: split over "data", repeated over the other axes."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "axes")
+
+
+def _sharding(path: tuple, spec: Any, mesh: Mesh) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if unknown := [axis for axis in spec.axes if axis is not None and axis not in RULES]:
+        raise InputError(f"unknown axis of {name}", got=", ".join(unknown), remedy=f"Use one of {', '.join(RULES)}.")
+    placed = [None if axis is None else RULES[axis] for axis in spec.axes]
+    for size, axis, where in zip(spec.shape, spec.axes, placed, strict=True):
+        if where is not None and size % mesh.shape[where]:
+            raise InputError(
+                f"axis {axis!r} of {name} cannot be split over {where}={mesh.shape[where]}",
+                got=f"size {size}",
+                remedy=f"Choose a mesh whose {where} divides it.",
+            )
+    return NamedSharding(mesh, PartitionSpec(*placed))

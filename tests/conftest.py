@@ -1,0 +1,5 @@
+"""Eight fake CPU devices, set before jax starts."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
