@@ -27,6 +27,7 @@ from jraggym.text.batching import Codec
 from jraggym.types import Action, Candidate, Document, Example, Search, State, Step, Trajectory
 
 Documents = tuple[Document, ...]
+Rows = Sequence[int] | np.ndarray
 
 
 class Retriever(Protocol):
@@ -74,9 +75,10 @@ class Episodes:
         self._steps: list[list[Step]] = [[] for _ in examples]
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._results: dict[tuple[str, int, int], Any] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[tuple[str, int, int], threading.Lock] = {}
+        self._guard = threading.Lock()  # of _locks
 
-    def prompts(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def prompts(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids int32 [b, P], mask bool [b, P], open bool [b]) of the rows, padded on the left."""
         size = self._codec.max_prompt
         ids, mask = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
@@ -92,7 +94,7 @@ class Episodes:
     def act(
         self,
         turn: int,
-        rows: Sequence[int],
+        rows: Rows,
         tokens: np.ndarray,
         mask: np.ndarray,
         logprob: np.ndarray,
@@ -105,7 +107,7 @@ class Episodes:
         """
         return self._once("act", turn, rows, lambda: self._act(turn, rows, tokens, mask, logprob, score))
 
-    def observe(self, turn: int, rows: Sequence[int], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def observe(self, turn: int, rows: Rows, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Retrieves, labels and executes; vectors f32 [b, M, D]. Returns the next `prompts`."""
         return self._once("observe", turn, rows, lambda: self._observe(turn, rows, vectors))
 
@@ -114,9 +116,11 @@ class Episodes:
         rows = zip(self.examples, self._steps, self._states, strict=True)
         return [Trajectory(example.id, tuple(steps), state) for example, steps, state in rows]
 
-    def _once(self, call: str, turn: int, rows: Sequence[int], work: Callable[[], Any]) -> Any:
+    def _once(self, call: str, turn: int, rows: Rows, work: Callable[[], Any]) -> Any:
         key = (call, int(turn), int(rows[0]))
-        with self._lock:
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:  # one for each shard: none waits for another's retriever
             if key not in self._results:
                 self._results[key] = work()
             return self._results[key]
@@ -149,7 +153,9 @@ class Episodes:
     def _select(self, row: int, candidates: Sequence[Candidate]) -> int:
         # The generator depends on the example and the turn alone, not on the batch that the episode runs in.
         rng = random.Random(f"{self.rules.seed}/{self.examples[row].id}/{len(self._steps[row])}")
-        return SELECTORS[self.rules.select](candidates, rng)
+        chosen = candidates[SELECTORS[self.rules.select](candidates, rng)]
+        # Equal texts are one action. The first stands for all: their scores differ by rounding, which must not choose.
+        return next(i for i, candidate in enumerate(candidates) if candidate.text == chosen.text)
 
     def _searches(self, row: int, actions: Sequence[Action], chosen: int) -> list[tuple[int, str]]:
         state, wanted = self._states[row], range(len(actions)) if chosen < 0 else (chosen,)
@@ -164,7 +170,7 @@ class Episodes:
         found, error = self._retrieve(pending, vectors)
         for i, row in enumerate(rows):
             if pending.candidates[i]:
-                documents = [found.get((i, j), ()) for j in range(len(pending.candidates[i]))]
+                documents = [found.get((i, j)) for j in range(len(pending.candidates[i]))]
                 failed = error if pending.searches[i] else None
                 self._execute(row, pending.candidates[i], pending.actions[i], pending.chosen[i], documents, failed)
         return self.prompts(rows)
@@ -190,20 +196,20 @@ class Episodes:
         candidates: list[Candidate],
         actions: list[Action],
         chosen: int,
-        documents: list[Documents],
+        documents: list[Documents | None],
         error: str | None,
     ) -> None:
         state, example = self._states[row], self.examples[row]
         judge = self.rules.judge
         rewards = judge(example, state, actions, documents) if judge and error is None else [None] * len(actions)
         labelled = tuple(
-            Candidate(c.text, reward, c.score, c.logprob, tuple(d.id for d in hits))
+            Candidate(c.text, reward, c.score, c.logprob, tuple(d.id for d in hits or ()))
             for c, reward, hits in zip(candidates, rewards, documents, strict=True)
         )
         if chosen < 0:
             chosen = self._select(row, labelled)
         action = actions[chosen]
         executed = wants_retrieval(state, action, self.rules.max_turns)
-        outcome = (documents[chosen], error) if executed else ((), None)
+        outcome = (documents[chosen] or (), error) if executed else ((), None)
         self._steps[row].append(Step(state, labelled, chosen))
         self._states[row] = transition(state, action, *outcome, max_turns=self.rules.max_turns)

@@ -13,9 +13,10 @@ from jraggym.metrics import exact_match
 from jraggym.types import Action, Answer, Document, Example, Malformed, Search, State
 
 Grade = tuple[float, ...]  # compared element by element; higher is better
-Judge = Callable[[Example, State, Sequence[Action], Sequence[Sequence[Document]]], list[float]]
+Found = Sequence[Document] | None  # what a search brings; None for an action that retrieves nothing
+Judge = Callable[[Example, State, Sequence[Action], Sequence[Found]], list[float]]
 
-MALFORMED, PREMATURE, WRONG, REDUNDANT, USELESS, USEFUL, SUFFICIENT = map(float, range(7))
+MALFORMED, TOO_LATE, PREMATURE, WRONG, REDUNDANT, USELESS, USEFUL, SUFFICIENT = map(float, range(8))
 
 
 def rank_rewards(grades: Sequence[Grade]) -> list[float]:
@@ -26,20 +27,18 @@ def rank_rewards(grades: Sequence[Grade]) -> list[float]:
     return [1.0 / (1 + sum(other > grade for other in grades)) for grade in grades]
 
 
-def support_judge(
-    example: Example, state: State, actions: Sequence[Action], found: Sequence[Sequence[Document]]
-) -> list[float]:
+def support_judge(example: Example, state: State, actions: Sequence[Action], found: Sequence[Found]) -> list[float]:
     """Process rewards of the candidates at `state`; `found` holds the documents that each search brings."""
     return rank_rewards([grade(example, state, a, d) for a, d in zip(actions, found, strict=True)])
 
 
-def grade(example: Example, state: State, action: Action, found: Sequence[Document]) -> Grade:
+def grade(example: Example, state: State, action: Action, found: Found) -> Grade:
     """How good an action is by sufficiency, utility and redundancy.
 
     Sufficiency: once all supporting documents are read, the right answer is best and a further search is a
     waste; before, any answer is premature. Utility: a search is useful if it brings supporting documents that
     are still missing, the more and the higher up the better. Redundancy: asking the same again, or bringing
-    nothing new, is worse than an unlucky try.
+    nothing new, is worse than an unlucky try. A search on the last turn is not carried out and comes too late.
     """
     seen = {document.id for turn in state.turns for document in turn.documents}
     missing = [i for i in example.support if i not in seen]
@@ -50,6 +49,8 @@ def grade(example: Example, state: State, action: Action, found: Sequence[Docume
         if missing:
             return (PREMATURE, right)
         return (SUFFICIENT,) if right else (WRONG,)
+    if found is None:
+        return (TOO_LATE,)
     return _grade_search(state, action, [d.id for d in found], seen, set(missing))
 
 

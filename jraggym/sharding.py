@@ -1,8 +1,8 @@
 """Where arrays live on a mesh: one table from the logical axes of weights to the axes of the mesh.
 
-    data     rows of the batch
-    fsdp     the model width of every matrix, gathered when used (fully sharded data parallelism)
-    tensor   attention heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053)
+data     rows of the batch
+fsdp     the model width of every matrix, gathered when used (fully sharded data parallelism)
+tensor   attention heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053)
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.device_put(tree, shardings)
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How everything with a leading batch axis is spread: split over "data", repeated over the other axes."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 

@@ -19,6 +19,8 @@ from flax import struct
 from jax import Array
 
 from jraggym.batch import ProcessBatch
+from jraggym.checkpoint import Checkpointer
+from jraggym.errors import InputError
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, ProcessBatch, Any], tuple[Array, Metrics]]

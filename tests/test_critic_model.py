@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from array_samples import TIED, UNTIED, copied_scores, random_batch, random_critic, worst_difference
 
-from jraggym.models.critic import critic_specs
-from jraggym.models.decoder import init
 from jraggym.objectives.forward import candidate_scores
 
 scores = jax.jit(candidate_scores, static_argnums=1)
@@ -58,9 +56,3 @@ def test_an_empty_action_is_scored_by_the_last_prompt_token():
     found = np.asarray(scores(weights, TIED, empty))
     assert worst_difference(found, copied_scores(weights, TIED, empty)) < 1e-5
     assert np.ptp(found, axis=1).max() < 1e-6, "all candidates are the same empty action"
-
-
-def test_the_head_starts_small():
-    weights = init(critic_specs(TIED), jax.random.key(0))
-    assert weights.head.shape == (TIED.model,)
-    assert float(jnp.max(jnp.abs(scores(weights, TIED, random_batch())))) < 0.5

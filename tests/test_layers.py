@@ -45,6 +45,7 @@ SIBLINGS = [
     ("jraggym.objectives.dpo", "jraggym.objectives.sft"),
     ("jraggym.episodes", "jraggym.labelling"),
     ("jraggym.rollout", "jraggym.episodes"),
+    ("jraggym.training", "jraggym.checkpoint"),
 ]
 
 FILES = {

@@ -17,6 +17,7 @@ def critic_loss(score: Array, batch: ProcessBatch, *, centre: float = 0.01) -> t
     Returns: the loss and metrics; accuracy is the share of pairs ranked rightly.
     """
     pairs = ordered_pairs(batch)
+    score = jnp.where(batch.candidate_mask, score, 0.0)  # 0 * NaN would reach the gradient of the others
     difference = score[:, :, None] - score[:, None, :]
     total = score[:, :, None] + score[:, None, :]
     loss = masked_mean(-jax.nn.log_sigmoid(difference) + centre * total**2, pairs)

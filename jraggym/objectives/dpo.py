@@ -20,7 +20,8 @@ def dpo_loss(
       of the tie to the reference; nll: weight of an added SFT term on the positives (arXiv 2404.19733).
     Returns: the loss and metrics.
     """
-    gain = jnp.sum(jnp.where(batch.loss_mask, logprob - reference, 0.0), axis=-1)  # [B, K]
+    read = batch.loss_mask & batch.candidate_mask[:, :, None]  # 0 * NaN would reach the gradient of the others
+    gain = jnp.sum(jnp.where(read, logprob - reference, 0.0), axis=-1)  # [B, K]
     margin = beta * (gain[:, :, None] - gain[:, None, :])
     pairs = threshold_pairs(batch)
     preference = masked_mean(-jax.nn.log_sigmoid(margin), pairs)

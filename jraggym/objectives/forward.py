@@ -38,7 +38,7 @@ def token_logprobs(weights: Decoder, config: DecoderConfig, batch: ProcessBatch,
     size = min(capacity or wanted.size, wanted.size)
     (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
     rows = hidden.reshape(-1, hidden.shape[-1]).at[place].get(mode="fill", fill_value=0)
-    targets = batch.action.reshape(-1).at[place].get(mode="fill", fill_value=0)
+    targets = jnp.ravel(batch.action).at[place].get(mode="fill", fill_value=0)
     found = chunked_logprobs(rows, unembedding(weights), targets)
     found = jnp.where(jnp.sum(wanted) <= size, found, jnp.nan)
     flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")

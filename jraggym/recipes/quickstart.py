@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jraggym.batch import ProcessBatch
@@ -26,6 +25,7 @@ from jraggym.collection import collect
 from jraggym.data.plan import Faults, demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
 from jraggym.episodes import Rules
+from jraggym.errors import InputError
 from jraggym.labelling import support_judge
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, look_back, specs
@@ -33,17 +33,17 @@ from jraggym.objectives.critic import critic_loss
 from jraggym.objectives.dpo import dpo_loss
 from jraggym.objectives.forward import candidate_scores, token_logprobs
 from jraggym.objectives.sft import sft_loss
-from jraggym.recipes.task import Split, Task
+from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
 from jraggym.text.actions import format_action
-from jraggym.text.batching import Batches, Codec, buckets, collate
+from jraggym.text.batching import Batches, Codec, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.training import Metrics, Optimization, Run, fit
-from jraggym.types import Answer, Search
+from jraggym.training import BatchSource, Metrics, Optimization, Run, fit
+from jraggym.types import Answer, Example, Search
 
 Progress = Callable[[str, int, int, Metrics | None], None]  # (stage, done, total, metrics)
 
@@ -60,6 +60,7 @@ class Settings:
     vocab: int = 1_024
     max_turns: int = 5
     documents: int = 2  # per search
+    vector: int = 512  # width of the TF-IDF vectors
     max_prompt: int = 256  # P
     max_action: int = 24  # A
     candidates: int = 8  # K
@@ -72,10 +73,17 @@ class Settings:
     states: int = 12  # per batch of labelled candidates
     short_first: int = 120
     warm_start: Optimization = field(default_factory=lambda: Optimization(500, rate=6e-3, warmup=20))
-    actor: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=0.0, rate=4e-4, warmup=10))
-    critic: Optimization = field(default_factory=lambda: Optimization(200, matrix_rate=4e-3, rate=1e-3, warmup=10))
+    actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
+    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=4e-3, rate=1e-3, warmup=10))
     beta: float = 0.1
     nll: float = 0.1
+
+    def smoke(self) -> Settings:
+        """A few steps of everything."""
+        few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
+        warm = dataclasses.replace(self.warm_start, steps=60)
+        small = {"demonstrations": min(self.demonstrations, 1_000), "collected": 16, "test": 16}
+        return dataclasses.replace(self, warm_start=warm, short_first=60, **few, **small)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -126,6 +134,30 @@ def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
 
 def warm_start(shop: Workshop) -> Decoder:
     """SFT from scratch on imperfect demonstrations, whole episodes at a time."""
+    weights = look_back(init(specs(shop.config), shop.key("actor")), shop.config)
+    data = demonstrations(shop, shop.settings.short_first)
+    return shop.fit("warm start", weights, Run(imitation(shop.config), shop.settings.warm_start, data))
+
+
+def warm_longer(shop: Workshop, warm: Decoder) -> Decoder:
+    """The control for the actors: as many more steps, with the same optimiser, on demonstrations."""
+    data = demonstrations(shop, 0)
+    return shop.fit("warm start trained longer", warm, Run(imitation(shop.config), shop.settings.actor, data))
+
+
+def imitate(shop: Workshop, warm: Decoder, data: BatchSource) -> Decoder:
+    """SFT on the positively labelled candidates."""
+    return shop.fit("SFT on good actions", warm, Run(imitation(shop.config, 1.0), shop.settings.actor, data))
+
+
+def optimise_preferences(shop: Workshop, name: str, warm: Decoder, data: BatchSource) -> Decoder:
+    """DPO with the warm start as reference."""
+    objective = preference(shop.config, shop.settings.beta, shop.settings.nll)
+    return shop.fit(name, warm, Run(objective, shop.settings.actor, data, frozen=warm))
+
+
+def demonstrations(shop: Workshop, short_first: int) -> Batches:
+    """Scripted, imperfect episodes over the training world, as batches of whole episodes."""
     settings, split = shop.settings, shop.task.train
     examples = split.examples[: settings.demonstrations]
     rngs = [random.Random(f"{settings.seed}/{example.id}") for example in examples]
@@ -139,9 +171,7 @@ def warm_start(shop: Workshop) -> Decoder:
     codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
     rows = [codecs[budget].episode(episode.final) for budget, episode in zip(budgets, episodes, strict=True)]
     shapes = buckets(settings.edges, settings.tokens, candidates=1)
-    data = Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=settings.short_first)
-    weights = look_back(init(specs(shop.config), shop.key("actor")), shop.config)
-    return shop.fit("warm start", weights, Run(imitation(shop.config), settings.warm_start, data))
+    return Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=short_first)
 
 
 def imitation(config: DecoderConfig, share: float = 0.5):
@@ -173,7 +203,9 @@ def ranking(config: DecoderConfig):
     return objective
 
 
-def collect_round(shop: Workshop, name: str, actor: Decoder, examples: Sequence, rollout: Rollout) -> list[ProcessRecord]:
+def collect_round(
+    shop: Workshop, name: str, actor: Decoder, examples: Sequence, rollout: Rollout
+) -> list[ProcessRecord]:
     """K labelled candidates for every state of the questions' episodes, stored as a dataset under `out`/data/`name`."""
     settings = shop.settings
     folder = shop.out / "data" / name
@@ -201,24 +233,44 @@ def collector(shop: Workshop) -> Rollout:
 
 
 def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool = False):
-    """Batches of states with candidates through grain; states without a preference are left out.
+    """Batches of states with candidates through grain.
+
+    As in the paper, only states of episodes with outcome F1 > 0.75 count (all, if no episode got there); of
+    these, those with a preference.
 
     `shuffle` deals each state's rewards anew among its distinct candidates: the control.
     """
-    settings, codec = shop.settings, shop.codec
-    rows = []
-    for record in records:
-        row = codec.row(record.state, [c.text for c in record.candidates], [c.reward for c in record.candidates])
-        if len({r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}) > 1:
-            rows.append(_dealt(row, f"{settings.seed}/{record.id}") if shuffle else row)
+    settings = shop.settings
+    records = list(records)
+    rows = [_row(shop, r) for r in records if r.f1 > 0.75] or [_row(shop, r) for r in records]
+    useful = [row for row in rows if row is not None]
+    if shuffle:
+        useful = [_dealt(row, f"{settings.seed}/{number}") for number, row in enumerate(useful)]
+    if not useful:
+        raise InputError(
+            "no state has candidates of different reward",
+            got=f"{len(records)} states",
+            remedy="Train the warm start longer, or collect more questions.",
+        )
 
     def to_batch(chosen):
         return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.candidates)
 
-    return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
+    return batches(useful, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
 
 
-def _dealt(row, seed: str):
+def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
+    """The record's distinct candidates, or None when they do not differ in reward."""
+    # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
+    ids = shop.tokenizer.encode([c.text for c in record.candidates])
+    fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
+    if not fitting:
+        return None
+    row = shop.codec.row(record.state, [c.text for c in fitting], [c.reward for c in fitting])
+    return row if len({r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}) > 1 else None
+
+
+def _dealt(row: Row, seed: str) -> Row:
     places = [i for i, counts in enumerate(row.distinct) if counts]
     values = [row.rewards[i] for i in places]
     random.Random(seed).shuffle(values)
@@ -228,7 +280,9 @@ def _dealt(row, seed: str):
     return dataclasses.replace(row, rewards=rewards)
 
 
-def train_critic(shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False) -> Critic:
+def train_critic(
+    shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False
+) -> Critic:
     """A critic that starts from the actor's trunk."""
     start = init(critic_specs(shop.config), shop.key("critic")).replace(trunk=actor)
     run = Run(ranking(shop.config), shop.settings.critic, labelled(shop, records, shuffle=shuffle))

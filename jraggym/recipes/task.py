@@ -25,7 +25,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Three splits, of which tuning never sees the test one, and a control split with permuted values if there is one."""
+    """Three splits, of which tuning never sees the test one; `permuted` is a control with values dealt anew."""
 
     name: str
     train: Split
@@ -46,8 +46,6 @@ def synthhop_task(seed: int, *, train: int, development: int, test: int) -> Task
 
 def _world_split(world) -> Split:
     return Split(world.examples, Corpus.from_documents(world.documents), world.plans)
-
-
 
 
 def hotpotqa_task(folder: Path, *, train: int, development: int, test: int) -> Task:

@@ -159,6 +159,8 @@ class Batches:
         self._members: list[list[int]] = [[] for _ in shapes]
         for i, row in enumerate(rows):
             self._members[self._fit(row.sizes)].append(i)
+        if short_first and not self._members[0]:
+            raise InputError("no row fits the first bucket", got=shapes[0], remedy="Widen it, or set short_first=0.")
         self._plan: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
     @property
@@ -172,9 +174,10 @@ class Batches:
             epoch, place = divmod(step, per_epoch)
             return self._collate(0, self._deal(np.random.default_rng((self._seed, epoch, 1)), 0)[place])
         epoch, place = divmod(step - self._short_first, self.epoch_steps)
-        if self._plan[0] != epoch:
-            self._plan = (epoch, self._epoch(epoch))
-        return self._collate(*self._plan[1][place])
+        plan = self._plan  # read once: a loader's threads may ask for steps of different epochs
+        if plan[0] != epoch:
+            plan = self._plan = (epoch, self._epoch(epoch))
+        return self._collate(*plan[1][place])
 
     def _collate(self, which: int, chosen: np.ndarray) -> ProcessBatch:
         shape, rows = self._shapes[which], [self._rows[i] for i in chosen]

@@ -1,0 +1,178 @@
+"""The rows of the main job's table: every agent and every control on the same test questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jraggym.data.plan import oracle
+from jraggym.episodes import Retriever, Rules
+from jraggym.evaluation import Row, score
+from jraggym.models.critic import Critic, critic_specs
+from jraggym.models.decoder import Decoder, init
+from jraggym.recipes.quickstart import Workshop
+from jraggym.recipes.task import Split
+from jraggym.retrieval.hybrid import BrokenRetriever, HybridRetriever
+from jraggym.rollout import Policy, Rollout
+from jraggym.sampling import Sampling
+from jraggym.scripted import run_script
+from jraggym.types import Trajectory
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One row: who acts and by which rule; `greedy` takes the likeliest action instead of K samples."""
+
+    name: str
+    group: str
+    note: str
+    actor: Decoder
+    critic: Critic | None = None
+    select: str = "first"
+    greedy: bool = True
+    max_turns: int | None = None
+    retriever: Retriever | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the stages trained."""
+
+    warm: Decoder
+    warm_longer: Decoder
+    imitation: Decoder
+    dpo: Decoder
+    dpo_shuffled: Decoder
+    critic: Critic
+    critic_shuffled: Critic
+
+
+def agents(shop: Workshop, models: Models) -> list[Agent]:
+    """The table, from floor to control."""
+    n = shop.settings.candidates
+    broken = BrokenRetriever(shop.test_retriever, shop.settings.seed)
+    best = {"critic": models.critic, "select": "score", "greedy": False}
+    return [
+        Agent("closed book", "floor", "the warm start answers at once, without any search", models.warm, max_turns=1),
+        Agent("warm start, greedy", "baseline", "SFT on imperfect demonstrations", models.warm),
+        Agent("warm start, sampled", "baseline", "its first sample instead", models.warm, greedy=False),
+        Agent(f"warm start, majority of {n}", "baseline", "most frequent action", models.warm, None, "majority", False),
+        Agent("SFT on good actions", "trained", "imitates the positively labelled candidates", models.imitation),
+        Agent("DPO", "trained", "positive against negative candidates of a state", models.dpo),
+        Agent(f"warm start + critic best of {n}", "trained", "the critic picks each action", models.warm, **best),
+        Agent(f"DPO + critic best of {n}", "trained", "Re2Search++'s shape", models.dpo, **best),
+        Agent(f"DPO, majority of {n}", "baseline", "most frequent action", models.dpo, None, "majority", False),
+        Agent(
+            "warm start trained longer",
+            "control",
+            "as many more steps on demonstrations as DPO has",
+            models.warm_longer,
+        ),
+        Agent("DPO, shuffled rewards", "control", "rewards dealt at random", models.dpo_shuffled),
+        Agent(
+            f"warm start + shuffled critic best of {n}",
+            "control",
+            "the critic's data and steps, rewards dealt at random",
+            models.warm,
+            models.critic_shuffled,
+            "score",
+            False,
+        ),
+        Agent(
+            f"warm start + random best of {n}", "control", "a random score picks", models.warm, None, "random", False
+        ),
+        Agent("DPO, broken retriever", "control", "searches bring random documents", models.dpo, retriever=broken),
+    ]
+
+
+class Evaluator:
+    """Runs agents on one split; two compiled programs (greedy, and K samples with a critic) serve all rows."""
+
+    def __init__(self, shop: Workshop, split: Split, retriever: HybridRetriever):
+        settings = shop.settings
+        self._shop, self._split, self._retriever = shop, split, retriever
+        self._rules = Rules(settings.max_turns, seed=settings.seed)
+        sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
+        greedy = Sampling(1, settings.max_action, 0.0)
+        self._rollouts = {
+            name: Rollout(shop.config, shop.codec, retriever, how, self._rules)
+            for name, how in (("greedy", greedy), ("sampled", sampling))
+        }
+        self._no_critic = init(critic_specs(shop.config), shop.key("no critic"))
+
+    def run(self, agent: Agent, report: Callable[[int], None] | None = None) -> list[Trajectory]:
+        """The agent's episodes on all questions of the split, in order."""
+        turns = agent.max_turns or self._rules.max_turns
+        rules = dataclasses.replace(self._rules, select=agent.select, max_turns=turns)
+        rollout = self._rollouts["greedy" if agent.greedy else "sampled"]
+        critic = None if agent.greedy else agent.critic or self._no_critic
+        policy = Policy(self._shop.config, agent.actor, critic)
+        found = []
+        for trajectory in rollout.run(
+            policy, self._split.examples, self._shop.key("test"), rules=rules, retriever=agent.retriever
+        ):
+            found.append(trajectory)
+            if report is not None:
+                report(len(found))
+        return found
+
+    def oracle(self) -> list[Trajectory]:
+        """The ceiling: the plan's searches with the real retriever, and the gold answer if all was found."""
+        examples, plans = self._split.examples, self._split.plans
+        budgets = [self._rules.max_turns] * len(examples)
+        return run_script(
+            examples, lambda i, state: oracle(examples[i], plans[examples[i].id], state), self._retriever, budgets
+        )
+
+    def score(self, name: str, group: str, note: str, trajectories: Sequence[Trajectory]) -> Row:
+        """The row of finished trajectories."""
+
+        def count(texts: Sequence[str]) -> int:
+            return sum(map(len, self._shop.tokenizer.encode(texts)))
+
+        return score(name, group, note, self._split.examples, trajectories, count)
+
+
+def sample_for_report(
+    split: Split, runs: dict[str, Sequence[Trajectory]], rows: dict[str, Row], number: int, seed: int
+) -> list[dict[str, Any]]:
+    """Trajectories for the report: the same questions, drawn at random, for each of the given runs."""
+    chosen = sorted(random.Random(seed).sample(range(len(split.examples)), min(number, len(split.examples))))
+    return [_page(name, split, run[i], rows[name], i) for name, run in runs.items() for i in chosen]
+
+
+def _page(name: str, split: Split, trajectory: Trajectory, row: Row, i: int) -> dict[str, Any]:
+    example, turns = split.examples[i], trajectory.final.turns
+    steps = []
+    for number, step in enumerate(trajectory.steps):
+        turn = turns[number] if number < len(turns) else None
+        steps.append(
+            {
+                "candidates": [
+                    {
+                        "text": c.text,
+                        "reward": c.reward,
+                        "score": c.score,
+                        "logprob": c.logprob,
+                        "chosen": place == step.chosen,
+                    }
+                    for place, c in enumerate(step.candidates)
+                ],
+                "documents": [{"title": d.title, "text": d.text} for d in turn.documents] if turn else [],
+                "error": turn.error if turn else None,
+            }
+        )
+    return {
+        "row": name,
+        "example_id": example.id,
+        "kind": example.kind,
+        "question": example.question,
+        "golds": list(example.answers),
+        "answer": trajectory.final.answer,
+        "em": float(row.em[i]),
+        "f1": float(row.f1[i]),
+        "steps": steps,
+    }

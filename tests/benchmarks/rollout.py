@@ -1,0 +1,276 @@
+"""Actions per second of the jitted batched rollout beside a loop over questions that calls Hugging Face `generate`.
+
+    python tests/benchmarks/rollout.py [--questions 32] [--loop-questions 4] [--candidates 8] [--turns 3]
+
+Both run on CPU with the same threads, the same random weights (in float32; drawn from a seed), the same tokenizer,
+retriever, questions of the synthhop test world and number of new tokens. The loop is the usual agent code in torch:
+one question at a time, K samples of each state by `num_return_sequences`. Random weights write no valid actions, so
+whatever either side writes is read as a search for that text: every action is paid for in full, and so is retrieval
+on every turn but the last. At K = 1 both decode greedily and must take the same first actions; the share that agrees
+is printed. Compilation is timed apart. Nothing is asserted: the figures depend on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from jraggym.data.synthhop import make_world
+from jraggym.environment import transition, wants_retrieval
+from jraggym.models.decoder import Decoder, DecoderConfig, init, prefix_forward, specs
+from jraggym.retrieval.corpus import Corpus
+from jraggym.retrieval.encoder import TfidfEncoder
+from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.rollout import Policy, Rollout, Rules
+from jraggym.sampling import Sampling, sample
+from jraggym.text.actions import STOPS, format_action, parse_action
+from jraggym.text.batching import Codec
+from jraggym.text.rendering import neutralise
+from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.types import Example, Search, State
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes; the model is the default tiny one. `prompt` and `tokens` are in tokens."""
+
+    questions: int = 32  # of the jitted rollout, which runs them as one batch
+    loop_questions: int = 4  # of the loop
+    candidates: int = 8
+    turns: int = 3
+    tokens: int = 20
+    prompt: int = 256
+    threads: int = 2
+    seed: int = 0
+
+
+class EverySearch(SentencePieceTokenizer):
+    """Reads any output as a search for its text."""
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [format_action(Search(_plain(text))) for text in super().decode(ids)]
+
+
+def _plain(text: str) -> str:
+    return neutralise("".join(char for char in text if char.isprintable())).strip() or "nothing"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides share."""
+
+    config: Config
+    model: DecoderConfig
+    weights: Decoder
+    codec: Codec
+    retriever: HybridRetriever
+    examples: tuple[Example, ...]
+
+    @property
+    def stops(self) -> list[int]:
+        return [self.codec.tokenizer.token_id(stop) for stop in STOPS]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Questions, their sampled actions, and seconds; `firsts` holds the first action of each question."""
+
+    actions: int
+    seconds: float
+    generation: float  # seconds in generation alone
+    firsts: list[str]
+
+
+def make_case(config: Config) -> Case:
+    """The synthhop test world with a tokenizer, a BM25 + TF-IDF retriever and random weights."""
+    world = make_world("test", config.seed, questions=config.questions)
+    corpus = Corpus.from_documents(world.documents)
+    tokenizer = EverySearch.train([*corpus.texts(), *(e.question for e in world.examples)], 1024)
+    model = DecoderConfig(vocab=tokenizer.vocab_size)
+    weights = init(specs(model), jax.random.key(config.seed))
+    retriever = HybridRetriever(corpus, TfidfEncoder.fit(corpus.texts()), k=2)
+    return Case(config, model, weights, Codec(tokenizer, config.turns, config.prompt), retriever, world.examples)
+
+
+# ---------------------------------------------------------------- ours
+
+
+def run_jitted(case: Case, sampling: Sampling) -> tuple[Result, float]:
+    """The second of two runs, and the seconds that the first one took with compilation."""
+    rules = Rules(max_turns=case.config.turns)
+    rollout = Rollout(case.model, case.codec, case.retriever, sampling, rules, batch=len(case.examples))
+    policy = Policy(case.model, case.weights)
+    first, _ = timed(lambda: list(rollout.run(policy, case.examples, jax.random.key(1))))
+    seconds, trajectories = timed(lambda: list(rollout.run(policy, case.examples, jax.random.key(2))))
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    generation = time_generation(case, sampling, [step.state for step in steps])
+    firsts = [trajectory.steps[0].candidates[0].text for trajectory in trajectories]
+    return Result(len(steps) * sampling.candidates, seconds, generation, firsts), first
+
+
+def time_generation(case: Case, sampling: Sampling, states: list[State]) -> float:
+    """Seconds of prefill and sampling alone, over the states of a rollout in batches of its size."""
+
+    @jax.jit
+    def generate(weights: Decoder, prompt: Any, mask: Any, keys: Any) -> Any:
+        prefix = prefix_forward(weights, case.model, prompt, mask)
+        return sample(weights, case.model, sampling, prefix, prompt[:, -1], jnp.array(case.stops), keys).tokens
+
+    b, p = len(case.examples), case.config.prompt
+    batches = []
+    for start in range(0, len(states), b):
+        ids, mask = np.zeros((b, p), np.int32), np.arange(p) == np.full((b, 1), p - 1)
+        for row, state in enumerate(states[start : start + b]):
+            prompt = case.codec.prompt(state)
+            ids[row, p - len(prompt) :], mask[row, p - len(prompt) :] = prompt, True
+        batches.append((ids, mask, jax.random.split(jax.random.key(start), b)))
+    generate(case.weights, *batches[0]).block_until_ready()
+    return timed(lambda: [generate(case.weights, *batch).block_until_ready() for batch in batches])[0]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def to_torch(case: Case) -> Qwen2ForCausalLM:
+    """The same function as a Qwen2 model: our input embedding is the tied table times sqrt(D)."""
+    model = case.model
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=model.vocab,
+            hidden_size=model.model,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.query_heads,
+            num_key_value_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            intermediate_size=model.feed_forward,
+            rms_norm_eps=model.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            tie_word_embeddings=False,
+        )
+    )
+    missing, unexpected = theirs.load_state_dict(named_tensors(case), strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    return theirs.eval()
+
+
+def named_tensors(case: Case) -> dict[str, torch.Tensor]:
+    """Our weights under Hugging Face names; their matrices are [out, in]."""
+    weights, layers = case.weights, case.weights.layers
+    table = np.asarray(weights.embed)
+    tensors = {
+        "model.embed_tokens.weight": table * case.model.model**0.5,
+        "lm_head.weight": table,
+        "model.norm.weight": np.asarray(weights.final_norm),
+    }
+    for n in range(case.model.layers):
+        tensors |= {
+            f"model.layers.{n}.{theirs}": np.asarray(getattr(layers, ours)[n]).T
+            for ours, theirs in (
+                *((name, f"self_attn.{name}_proj.weight") for name in "qkvo"),
+                *((f"{name}_bias", f"self_attn.{name}_proj.bias") for name in "qkv"),
+                *((name, f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
+                ("attention_norm", "input_layernorm.weight"),
+                ("mlp_norm", "post_attention_layernorm.weight"),
+            )
+        }
+    return {name: torch.tensor(array) for name, array in tensors.items()}
+
+
+def run_loop(case: Case, model: Qwen2ForCausalLM, sampling: Sampling, count: int) -> Result:
+    """One question at a time, one `generate` for each state; the first candidate is executed."""
+    generate = make_generate(case, model, sampling)
+    generate(State(case.examples[0].question))  # warm up
+    generation, actions, firsts = 0.0, 0, []
+    begin = time.perf_counter()
+    for example in case.examples[:count]:
+        state = State(example.question)
+        while not state.done:
+            spent, texts = timed(lambda state=state: generate(state))
+            generation, actions = generation + spent, actions + len(texts)
+            if not state.turns:
+                firsts.append(texts[0])
+            action = parse_action(texts[0])
+            wanted = wants_retrieval(state, action, case.config.turns)
+            documents = case.retriever([action.query])[0] if wanted else ()
+            state = transition(state, action, documents, max_turns=case.config.turns)
+    return Result(actions, time.perf_counter() - begin, generation, firsts)
+
+
+def make_generate(case: Case, model: Qwen2ForCausalLM, sampling: Sampling) -> Callable[[State], list[str]]:
+    """K texts of a state by Hugging Face `generate`."""
+    greedy = sampling.temperature == 0
+    options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    stops = set(case.stops)
+
+    @torch.inference_mode()
+    def generate(state: State) -> list[str]:
+        prompt = torch.tensor([case.codec.prompt(state)])
+        found = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=sampling.max_tokens,
+            num_return_sequences=sampling.candidates,
+            eos_token_id=case.stops,
+            pad_token_id=case.codec.tokenizer.pad_id,
+            **options,
+        )
+        rows = found[:, prompt.shape[1] :].tolist()
+        ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
+        return case.codec.tokenizer.decode([row[:end] for row, end in zip(rows, ends, strict=True)])
+
+    return generate
+
+
+# ---------------------------------------------------------------- both
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def compare(case: Case, model: Qwen2ForCausalLM, sampling: Sampling) -> tuple[Result, Result]:
+    """Prints actions per second of both sides, the whole and generation alone."""
+    ours, first = run_jitted(case, sampling)
+    theirs = run_loop(case, model, sampling, case.config.loop_questions)
+    mode = "greedy" if sampling.temperature == 0 else "sampled"
+    print(f"\nK = {sampling.candidates}, {mode}                  whole rollout      generation alone")
+    for name, result in (("jitted, batched", ours), ("generate, a loop", theirs)):
+        whole, alone = result.actions / result.seconds, result.actions / result.generation
+        print(f"  {name:<22}{whole:>13,.1f} actions/s {alone:>13,.1f} actions/s   ({result.actions} actions)")
+    whole = ours.actions / ours.seconds * theirs.seconds / theirs.actions
+    alone = ours.actions / ours.generation * theirs.generation / theirs.actions
+    print(f"  {'ratio':<22}{whole:>13,.1f}           {alone:>13,.1f}             (first call {first:.1f} s)")
+    return ours, theirs
+
+
+def main() -> None:
+    """Prints what was run, then both comparisons."""
+    config = tyro.cli(Config, description=__doc__)
+    if hasattr(os, "sched_setaffinity"):  # before jax starts, whose threads are as many as the cores it may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: config.threads])
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    case = make_case(config)
+    print(f"{config}\n{case.model}\nrandom weights; every output is read as a search; {len(case.retriever.corpus)}")
+    print(f"documents; torch {torch.__version__}, jax {jax.__version__}, {jax.default_backend()}")
+    model = to_torch(case)
+    compare(case, model, Sampling(candidates=config.candidates, max_tokens=config.tokens))
+    ours, theirs = compare(case, model, Sampling(candidates=1, max_tokens=config.tokens, temperature=0.0))
+    same = sum(a == b for a, b in zip(ours.firsts, theirs.firsts, strict=False))
+    print(f"\nfirst greedy actions that agree: {same} of {len(theirs.firsts)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The main job: python -m train.quickstart [--out DIR] [--seed N] [--dataset hotpotqa --data-dir DIR]
+
+Trains a search agent end to end on a CPU and says what each part gained: see jraggym/recipes/quickstart.py for
+the stages and configs/quickstart.py for the settings. Called again with the same --out it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from configs.quickstart import PRESETS
+from eval.report import write_report
+from jraggym.errors import InputError, exit_on_input_error
+from jraggym.evaluation import Row, compare
+from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.recipes.quickstart import (
+    Settings,
+    Workshop,
+    collect_round,
+    collector,
+    imitate,
+    labelled,
+    optimise_preferences,
+    train_critic,
+    train_tokenizer,
+    warm_longer,
+    warm_start,
+)
+from jraggym.recipes.rows import Evaluator, Models, agents, sample_for_report
+from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
+from jraggym.retrieval.encoder import TfidfEncoder
+from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.types import Trajectory, to_json, trajectory_from_json
+
+PACKAGES = ("jraggym", "jax", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Turns questions into a measurably better search agent, on a CPU, in minutes."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder of checkpoints, process data, results.json and report.html; an unfinished one is continued."""
+    seed: int = 0
+    """Decides the world, the initial weights and every draw."""
+    dataset: str = "synthhop"
+    """synthhop (made up, embedded) or hotpotqa (needs --data-dir and the `offline` extra)."""
+    data_dir: Path | None = None
+    """Folder with the official HotpotQA json files."""
+    smoke: bool = False
+    """A few steps of everything: shows in about a minute that it runs; its numbers mean nothing."""
+
+
+class Console:
+    """Progress bars, one for each stage, and the time that each took."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+        self.curves: dict[str, dict[str, list[list[float]]]] = {}
+        self._bar: tqdm | None = None
+
+    @contextmanager
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._close()
+        self.stages.append({"name": name, "seconds": time.perf_counter() - start, "detail": detail})
+
+    def progress(self, stage: str, done: int, total: int, metrics: Any) -> None:
+        if self._bar is None or self._bar.desc != stage:
+            self._close()
+            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if metrics is not None and (done % 5 == 0 or done == total):
+            curve = self.curves.setdefault(stage, {})
+            for name in metrics.keys() & {"loss", "accuracy"}:
+                curve.setdefault(name, []).append([done, float(metrics[name])])
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+def main() -> None:
+    with exit_on_input_error():
+        run(tyro.cli(Arguments))
+
+
+def run(arguments: Arguments) -> None:
+    """Does all stages and writes results.json and report.html."""
+    start, console = time.perf_counter(), Console()
+    settings = _settings(arguments)
+    _quiet()
+    _claim(arguments, settings)
+    shop = _prepare(arguments, settings, console)
+    models, records = _train(shop, console)
+    rows, runs = _evaluate(shop, models, console)
+    results = _results(arguments, shop, console, rows, runs, records, time.perf_counter() - start)
+    _write(arguments.out / "results.json", json.dumps(results, indent=1))
+    write_report(results, arguments.out / "report.html")
+    _print(results, arguments.out)
+
+
+def _settings(arguments: Arguments) -> Settings:
+    if arguments.dataset not in PRESETS:
+        raise InputError("unknown dataset", got=repr(arguments.dataset), remedy=f"Use one of {', '.join(PRESETS)}.")
+    if arguments.dataset == "hotpotqa" and arguments.data_dir is None:
+        raise InputError("hotpotqa needs its files", got="no --data-dir", remedy="Add --data-dir FOLDER.")
+    settings = dataclasses.replace(PRESETS[arguments.dataset], seed=arguments.seed)
+    return settings.smoke() if arguments.smoke else settings
+
+
+def _quiet() -> None:
+    logging.getLogger("bm25s").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _claim(arguments: Arguments, settings: Settings) -> None:
+    """Makes sure that `out` is new or belongs to the same job; keeps compiled programs there."""
+    job = {"dataset": arguments.dataset, "settings": json.loads(json.dumps(settings.fingerprint()))}
+    path = arguments.out / "job.json"
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if json.loads(path.read_text()) != job:
+                raise InputError(
+                    f"{arguments.out} holds a job of other settings", got=path, remedy="Name another --out folder."
+                )
+        else:
+            _write(path, json.dumps(job, indent=1))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot use {arguments.out}", got=error, remedy="Name another --out folder.") from error
+    jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def _prepare(arguments: Arguments, settings: Settings, console: Console) -> Workshop:
+    with console.stage("world, indexes and tokenizer", arguments.dataset):
+        sizes = {
+            "train": settings.demonstrations + 2 * settings.collected,
+            "development": settings.development,
+            "test": settings.test,
+        }
+        if arguments.dataset == "synthhop":
+            task = synthhop_task(settings.seed, **sizes)
+        else:
+            assert arguments.data_dir is not None
+            task = hotpotqa_task(arguments.data_dir, **sizes)
+        train, test = (_retriever(split, task, settings, console) for split in (task.train, task.test))
+        tokenizer = train_tokenizer(task, settings)
+        _write_bytes(arguments.out / "tokenizer.model", tokenizer.model)
+    return Workshop(settings, task, train, test, tokenizer, arguments.out, console.progress)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+
+
+def _retriever(split: Split, task: Task, settings: Settings, console: Console) -> HybridRetriever:
+    if task.name == "synthhop":
+        encoder: Any = TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector)
+    else:
+        encoder = BertEncoder.load(minilm_path())
+    return HybridRetriever(split.corpus, encoder, k=settings.documents)
+
+
+def _train(shop: Workshop, console: Console) -> tuple[Models, list]:
+    """All training stages; each is skipped or continued if `out` already holds it or a part of it."""
+    settings, examples = shop.settings, shop.task.train.examples
+    first, second = (examples[i:][: settings.collected] for i in _starts(settings, len(examples)))
+    with console.stage("warm start", "SFT from scratch on imperfect demonstrations"):
+        warm = warm_start(shop)
+    rollout = collector(shop)
+    with console.stage("collect, warm start", f"{len(first)} questions, {settings.candidates} candidates a state"):
+        records = collect_round(shop, "warm-start", warm, first, rollout)
+    data, shuffled = labelled(shop, records), labelled(shop, records, shuffle=True)
+    with console.stage("actors", "SFT on good actions, DPO, and their controls"):
+        longer = warm_longer(shop, warm)
+        imitation = imitate(shop, warm, data)
+        dpo = optimise_preferences(shop, "DPO", warm, data)
+        dpo_shuffled = optimise_preferences(shop, "DPO shuffled", warm, shuffled)
+    with console.stage("collect, DPO", f"{len(second)} questions, {settings.candidates} candidates a state"):
+        more = collect_round(shop, "dpo", dpo, second, rollout)
+    with console.stage("critics", "Bradley-Terry over the candidates of a state, and its control"):
+        critic = train_critic(shop, "critic", warm, records + more)
+        critic_shuffled = train_critic(shop, "critic shuffled", warm, records + more, shuffle=True)
+    return Models(warm, longer, imitation, dpo, dpo_shuffled, critic, critic_shuffled), records + more
+
+
+def _starts(settings: Settings, number: int) -> tuple[int, int]:
+    """Where the two rounds' questions start: behind the demonstrations, or among them if there are too few."""
+    fresh = settings.demonstrations + 2 * settings.collected <= number
+    start = settings.demonstrations if fresh else 0
+    return start, start + settings.collected
+
+
+def _evaluate(
+    shop: Workshop, models: Models, console: Console
+) -> tuple[dict[str, Row], dict[str, Sequence[Trajectory]]]:
+    """The rows, and the episodes behind them, kept in `out`/eval."""
+    evaluator = Evaluator(shop, shop.task.test, shop.test_retriever)
+    folder = shop.out / "eval"
+    folder.mkdir(exist_ok=True)
+    rows: dict[str, Row] = {}
+    runs: dict[str, Sequence[Trajectory]] = {}
+    total = len(shop.task.test.examples)
+    with console.stage("evaluation", f"{total} test questions for each row"):
+        for agent in agents(shop, models):
+            path = folder / f"{agent.name.replace(' ', '-').replace(',', '').replace('+', 'and')}.jsonl"
+            if not path.exists():
+                found = evaluator.run(agent, lambda done, name=agent.name: console.progress(name, done, total, None))
+                _write(path, "".join(json.dumps(to_json(t)) + "\n" for t in found))
+            runs[agent.name] = [trajectory_from_json(json.loads(line)) for line in path.read_text().splitlines()]
+            rows[agent.name] = evaluator.score(agent.name, agent.group, agent.note, runs[agent.name])
+        ceiling = "the plan's searches, then the gold answer if its documents were found"
+        rows["oracle"] = evaluator.score("oracle", "ceiling", ceiling, evaluator.oracle())
+    return rows, runs
+
+
+def _comparisons(rows: dict[str, Row], settings: Settings) -> list[dict[str, Any]]:
+    """The claims, written before the run: what has to beat what, and by how much."""
+    n = settings.candidates
+    critic, both = f"warm start + critic best of {n}", f"DPO + critic best of {n}"
+    claims = [
+        ("DPO", "warm start, greedy", 0.15),
+        ("DPO", "warm start trained longer", 0.0),
+        ("DPO", "DPO, shuffled rewards", 0.0),
+        ("SFT on good actions", "warm start, greedy", 0.0),
+        (critic, "warm start, greedy", 0.10),
+        (critic, f"warm start, majority of {n}", 0.10),
+        (critic, f"warm start + shuffled critic best of {n}", 0.0),
+        (critic, f"warm start + random best of {n}", 0.0),
+        (both, "DPO", 0.03),
+        (both, f"DPO, majority of {n}", 0.0),
+        ("DPO", "DPO, broken retriever", 0.0),
+    ]
+    return [
+        compare(f"{a} - {b}", f"at least {least:+.2f} EM, interval above 0", rows[a], rows[b], least, settings.seed)
+        for a, b, least in claims
+    ]
+
+
+def _results(
+    arguments: Arguments, shop: Workshop, console: Console, rows: dict, runs: dict, records: list, seconds: float
+) -> dict[str, Any]:
+    settings, n = shop.settings, shop.settings.candidates
+    shown = ["warm start, greedy", "DPO", f"warm start + critic best of {n}", f"DPO + critic best of {n}"]
+    rewards = [c.reward for r in records for c in r.candidates if c.reward is not None]
+    return {
+        "title": "A search agent from process supervision",
+        "dataset": arguments.dataset,
+        "seed": arguments.seed,
+        "seconds": seconds,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "config": {"command": f"python -m train.quickstart {' '.join(sys.argv[1:])}".strip(), **settings.fingerprint()},
+        "stages": console.stages,
+        "rows": [row.summary(settings.seed) for row in rows.values()],
+        "comparisons": _comparisons(rows, settings),
+        "curves": [{"name": name, "x": "step", "metrics": curve} for name, curve in console.curves.items()],
+        "world": {
+            f"{name} {what}": len(getattr(getattr(shop.task, name), attribute))
+            for name in ("train", "development", "test")
+            for what, attribute in (("questions", "examples"), ("documents", "corpus"))
+        },
+        "labels": {
+            "states": len(records),
+            "candidates": len(rewards),
+            "mean reward": sum(rewards) / max(len(rewards), 1),
+            "rewards": [[value, rewards.count(value)] for value in sorted(set(rewards))],
+        },
+        "trajectories": sample_for_report(
+            shop.task.test, {name: runs[name] for name in shown}, rows, 15, settings.seed
+        ),
+    }
+
+
+def _print(results: dict[str, Any], out: Path) -> None:
+    print(f"{'':42s} {'EM':>5s}  {'95 % interval':>14s} {'F1':>6s} {'searches':>9s} {'calls':>6s} {'tokens':>7s}")
+    for row in results["rows"]:
+        low, high = row["em_interval"]
+        print(
+            f"{row['name']:42s} {row['em']:5.3f}  {low:6.3f}–{high:6.3f}  {row['f1']:6.3f} {row['searches']:9.2f}"
+            f" {row['calls']:6.1f} {row['tokens']:7.1f}"
+        )
+    print()
+    for claim in results["comparisons"]:
+        low, high = claim["interval"]
+        mark = "holds" if claim["holds"] else "DOES NOT HOLD"
+        print(f"{claim['name']:78s} {claim['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {claim['claim']}: {mark}")
+    print(f"\n{results['seconds']:.0f} s; {out / 'results.json'} and {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
