@@ -5,8 +5,11 @@ Letters: B batch, P prompt tokens, A action tokens, K candidates.
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import struct
-from jax import Array
+
+Array = Any  # of jax on the device, of numpy on the host
 
 
 @struct.dataclass

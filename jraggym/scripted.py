@@ -21,7 +21,8 @@ def run_script(
     while opened := [i for i, state in enumerate(states) if not state.done]:
         actions = {i: script(i, states[i]) for i in opened}
         wanted = [i for i in opened if wants_retrieval(states[i], actions[i], budgets[i])]
-        found = dict(zip(wanted, retriever([actions[i].query for i in wanted]), strict=True)) if wanted else {}
+        queries = [action.query for i in wanted if isinstance(action := actions[i], Search)]
+        found = dict(zip(wanted, retriever(queries), strict=True)) if wanted else {}
         for i in opened:
             documents = tuple(found.get(i, ()))
             candidate = Candidate(format_action(actions[i]), documents=tuple(d.id for d in documents))

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from array_samples import TIED, random_batch, random_critic, random_decoder, worst_difference
+from array_samples import TIED, random_batch, random_decoder, worst_difference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jraggym.errors import InputError
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import is_spec
-from jraggym.objectives.critic import critic_loss
-from jraggym.objectives.forward import candidate_scores, token_logprobs
+from jraggym.objectives.forward import token_logprobs
 from jraggym.objectives.sft import sft_loss
 from jraggym.training import Optimization, Run, fit, init_state, make_step
 
@@ -55,18 +54,6 @@ def test_steps_reduce_the_loss_and_leave_the_given_weights_alone():
     assert worst_difference(weights, before) == 0.0
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), before, state.weights)
     assert min(jax.tree.leaves(moved)) > 1e-3, "every weight must learn"
-
-
-def test_the_critic_learns_to_rank():
-    def objective(weights, batch, frozen):
-        return critic_loss(candidate_scores(weights, TIED, batch), batch)
-
-    optimizer = Optimization(steps=25, matrix_rate=0.0, rate=1e-2, warmup=2).build()
-    batch = random_batch(seed=2)
-    state, step = init_state(random_critic(), optimizer), make_step(objective, optimizer)
-    for _ in range(25):
-        state, metrics = step(state, batch)
-    assert float(metrics["accuracy"]) == 1.0
 
 
 def test_one_compilation_for_each_batch_shape():

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +236,17 @@ def _evaluate(
         for agent in agents(shop, models):
             path = folder / f"{agent.name.replace(' ', '-').replace(',', '').replace('+', 'and')}.jsonl"
             if not path.exists():
-                found = evaluator.run(agent, lambda done, name=agent.name: console.progress(name, done, total, None))
+                found = evaluator.run(agent, partial(_report, console, agent.name, total))
                 _write(path, "".join(json.dumps(to_json(t)) + "\n" for t in found))
             runs[agent.name] = [trajectory_from_json(json.loads(line)) for line in path.read_text().splitlines()]
             rows[agent.name] = evaluator.score(agent.name, agent.group, agent.note, runs[agent.name])
         ceiling = "the plan's searches, then the gold answer if its documents were found"
         rows["oracle"] = evaluator.score("oracle", "ceiling", ceiling, evaluator.oracle())
     return rows, runs
+
+
+def _report(console: Console, name: str, total: int, done: int) -> None:
+    console.progress(name, done, total, None)
 
 
 def _comparisons(rows: dict[str, Row], settings: Settings) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ answered too early, searched twice or led astray), because a greedy imitator ave
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ class Faults:
 
     def prone(self, fault: str, group: str) -> float:
         """The probability of `fault` in questions of `group`: its share, or 0 outside the prone groups."""
-        draw = zlib.crc32(f"{fault}/{group}".encode()) / 2**32
+        draw = random.Random(f"{fault}/{group}").random()
         return getattr(self, fault) if draw < getattr(self, f"{fault}_groups") else 0.0
 
 

@@ -81,7 +81,7 @@ def _group(y: Array, sets: int, groups: int) -> Array:
     return y.transpose(0, 2, 1, 3, 4, 5).reshape(sets, groups, -1, w)
 
 
-def _ungroup(y: Array, shape: tuple[int, int, int]) -> Array:
+def _ungroup(y: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_group` for the shape (X, Q, T)."""
     x, heads, t = shape
     sets, groups, _, w = y.shape

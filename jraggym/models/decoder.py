@@ -14,7 +14,7 @@ G key/value heads, H head dim, F feed-forward, V vocabulary, N layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -135,10 +135,11 @@ def init(table: Any, key: Array) -> Any:
     """Draws float32 weights for a tree of `Spec`; each leaf's key depends on its place in the tree."""
     leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
     keys = jax.random.split(key, len(leaves))
-    return tree.unflatten(
+    drawn = [
         jnp.ones(s.shape) if s.scale == 0.0 else s.scale * jax.random.truncated_normal(k, -3, 3, s.shape)
         for s, k in zip(leaves, keys, strict=True)
-    )
+    ]
+    return jax.tree.unflatten(tree, drawn)
 
 
 def look_back(weights: Decoder, config: DecoderConfig, strength: float = 2.5) -> Decoder:
@@ -152,10 +153,12 @@ def look_back(weights: Decoder, config: DecoderConfig, strength: float = 2.5) ->
     q = strength * jnp.concatenate([jnp.cos(frequency), -jnp.sin(frequency)])
     k = strength * jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
     layers = weights.layers
-    layers = layers.replace(
-        q_bias=layers.q_bias.at[0, : config.head_dim].set(q), k_bias=layers.k_bias.at[0, : config.head_dim].set(k)
+    layers = replace(
+        layers,
+        q_bias=layers.q_bias.at[0, : config.head_dim].set(q),
+        k_bias=layers.k_bias.at[0, : config.head_dim].set(k),
     )
-    return weights.replace(layers=layers)
+    return replace(weights, layers=layers)
 
 
 def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array) -> Prefix:

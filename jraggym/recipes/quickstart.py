@@ -43,7 +43,7 @@ from jraggym.text.batching import Batches, Codec, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import BatchSource, Metrics, Optimization, Run, fit
-from jraggym.types import Answer, Example, Search
+from jraggym.types import Answer, Search
 
 Progress = Callable[[str, int, int, Metrics | None], None]  # (stage, done, total, metrics)
 
@@ -82,8 +82,8 @@ class Settings:
         """A few steps of everything."""
         few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
         warm = dataclasses.replace(self.warm_start, steps=60)
-        small = {"demonstrations": min(self.demonstrations, 1_000), "collected": 16, "test": 16}
-        return dataclasses.replace(self, warm_start=warm, short_first=60, **few, **small)
+        fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 1_000), collected=16, test=16)
+        return dataclasses.replace(fewer, warm_start=warm, short_first=60, **few)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -124,7 +124,7 @@ class Workshop:
 def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
     """SentencePiece on the training split's own text: paragraphs, questions and the actions of the plans."""
     split = task.train
-    texts = [render_document(document) for document in split.corpus]
+    texts = [render_document(document) for document in split.corpus.documents]
     for example in split.examples[:6_000]:
         plan = split.plans[example.id]
         texts += [example.question, format_action(Answer(plan.answer))]
@@ -284,6 +284,6 @@ def train_critic(
     shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False
 ) -> Critic:
     """A critic that starts from the actor's trunk."""
-    start = init(critic_specs(shop.config), shop.key("critic")).replace(trunk=actor)
+    start = dataclasses.replace(init(critic_specs(shop.config), shop.key("critic")), trunk=actor)
     run = Run(ranking(shop.config), shop.settings.critic, labelled(shop, records, shuffle=shuffle))
     return shop.fit(name, start, run)

@@ -54,7 +54,6 @@ def agents(shop: Workshop, models: Models) -> list[Agent]:
     """The table, from floor to control."""
     n = shop.settings.candidates
     broken = BrokenRetriever(shop.test_retriever, shop.settings.seed)
-    best = {"critic": models.critic, "select": "score", "greedy": False}
     return [
         Agent("closed book", "floor", "the warm start answers at once, without any search", models.warm, max_turns=1),
         Agent("warm start, greedy", "baseline", "SFT on imperfect demonstrations", models.warm),
@@ -62,8 +61,16 @@ def agents(shop: Workshop, models: Models) -> list[Agent]:
         Agent(f"warm start, majority of {n}", "baseline", "most frequent action", models.warm, None, "majority", False),
         Agent("SFT on good actions", "trained", "imitates the positively labelled candidates", models.imitation),
         Agent("DPO", "trained", "positive against negative candidates of a state", models.dpo),
-        Agent(f"warm start + critic best of {n}", "trained", "the critic picks each action", models.warm, **best),
-        Agent(f"DPO + critic best of {n}", "trained", "Re2Search++'s shape", models.dpo, **best),
+        Agent(
+            f"warm start + critic best of {n}",
+            "trained",
+            "the critic picks each action",
+            models.warm,
+            models.critic,
+            "score",
+            False,
+        ),
+        Agent(f"DPO + critic best of {n}", "trained", "Re2Search++'s shape", models.dpo, models.critic, "score", False),
         Agent(f"DPO, majority of {n}", "baseline", "most frequent action", models.dpo, None, "majority", False),
         Agent(
             "warm start trained longer",

@@ -60,8 +60,8 @@ class Codec:
         distinct = [
             r is not None and a not in actions[:i] for i, (a, r) in enumerate(zip(actions, rewards, strict=True))
         ]
-        rewards = [0.0 if r is None else r for r in rewards]
-        return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], rewards, distinct)
+        values = [0.0 if r is None else r for r in rewards]
+        return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], values, distinct)
 
     def episode(self, final: State) -> Row:
         """A whole finished episode as one candidate: the policy's actions count, what came back does not.

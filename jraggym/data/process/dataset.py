@@ -251,11 +251,11 @@ def _damaged(directory: Path, got: str) -> InputError:
 
 
 def batches(
-    source: Sequence[ProcessRecord] | ProcessSource,
+    source: Sequence[Any] | ProcessSource,
     *,
     batch_size: int,
     seed: int,
-    to_batch: Callable[[Sequence[ProcessRecord]], ProcessBatch],
+    to_batch: Callable[[Sequence[Any]], ProcessBatch],
 ) -> grain.MapDataset:
     """An endless random-access dataset: `batches(...)[step]` is a pure function of (source, seed, step).
 

@@ -57,8 +57,8 @@ class World:
     def permuted(self, seed: int) -> World:
         """The control: the same names and questions, with every relation's values dealt anew.
 
-        An agent that reads scores the same against the new gold and at chance against the old one. Choice
-        questions, whose words hold a value, are left out.
+        An agent that reads scores the same against the new gold and at chance against the old one. Questions
+        that compare two subjects are left out: their wording or their balance rests on the old values.
         """
         rng, facts = random.Random(f"permuted {seed}"), dict(self.facts)
         for relation in RELATIONS:
@@ -66,7 +66,7 @@ class World:
             values = [facts[key] for key in keys]
             rng.shuffle(values)
             facts.update(zip(keys, values, strict=True))
-        queries = tuple(query for query in self._queries if query.kind != "choice")
+        queries = tuple(query for query in self._queries if len(query.subjects) == 1)
         return _assemble(self._kinds, facts, queries, self._seed)
 
 
@@ -123,6 +123,7 @@ def _draw_queries(
     for number in range(questions):
         kind = rng.choices(list(MIX), weights=list(MIX.values()))[0]
         value = ""
+        subjects: tuple[str, ...]
         if kind in ("same", "choice"):
             chain = rng.choice(singles)
             subjects = _pair(chain[0], kind, by_kind, by_value, facts, rng)
