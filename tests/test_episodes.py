@@ -166,9 +166,13 @@ def test_of_equal_texts_the_first_is_executed_whatever_rounding_says(retriever):
 
 
 def test_the_judge_labels_every_candidate_from_one_search_a_turn(retriever, monkeypatch):
-    ranked = []
-    search = Bm25Index.search
-    monkeypatch.setattr(Bm25Index, "search", lambda self, q, k: ranked.append(list(q)) or search(self, q, k))
+    ranked, search = [], Bm25Index.search
+
+    def note(self, queries, k):
+        ranked.append(list(queries))
+        return search(self, queries, k)
+
+    monkeypatch.setattr(Bm25Index, "search", note)
     watched = Watched(retriever)
     episodes = start(watched, 2, Rules(max_turns=4, judge=support_judge, select="reward"))
     play(episodes, 0, [MUSEUM, MAYOR, JUNK, RIGHT], [MAYOR, MAYOR, COAST, WRONG])

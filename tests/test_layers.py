@@ -23,8 +23,9 @@ ROWS = {
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
     **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
-    **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "recipes")), 3),
-    "configs*": 3,
+    **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
+    "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
+    "configs*": 3.75,
     "train*": 4,
     "eval*": 4,
 }
@@ -46,6 +47,12 @@ SIBLINGS = [
     ("jraggym.episodes", "jraggym.labelling"),
     ("jraggym.rollout", "jraggym.episodes"),
     ("jraggym.training", "jraggym.checkpoint"),
+    ("jraggym.collection", "jraggym.rollout"),
+    ("jraggym.models.decoder", "jraggym.models.attention"),
+    ("jraggym.recipes.*", "jraggym.recipes.task"),
+    ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
+    ("train.*", "train.results"),
+    ("train.*", "eval.report"),
 ]
 
 FILES = {

@@ -9,24 +9,18 @@ import numpy as np
 import pytest
 from toy_world import Watched, toy_codec, toy_examples, toy_retriever
 
-from jraggym.data.synthhop import make_world
 from jraggym.environment import wants_retrieval
 from jraggym.episodes import Episodes
 from jraggym.errors import InputError
 from jraggym.labelling import support_judge
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
-from jraggym.objectives.forward import candidate_scores, token_logprobs
-from jraggym.retrieval.corpus import Corpus
-from jraggym.retrieval.hybrid import BrokenRetriever, HybridRetriever
+from jraggym.retrieval.hybrid import BrokenRetriever
 from jraggym.rollout import PIECE, Policy, Rollout, Rules
 from jraggym.sampling import Sampling
 from jraggym.sharding import make_mesh, place, shardings
 from jraggym.text.actions import parse_action
-from jraggym.text.batching import Codec, collate
-from jraggym.text.rendering import render
-from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.types import Malformed, State
+from jraggym.types import Malformed, Search
 
 CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 SAMPLING = Sampling(candidates=3, max_tokens=3)
@@ -203,18 +197,16 @@ def test_the_judge_sees_every_candidate_of_one_search_a_turn(policy, retriever):
     trajectories = list(judged.run(replace(policy, critic=None), EXAMPLES[:8], KEY))
     assert len(watched.calls) <= 3
     wanted = []
-    for trajectory in trajectories:
-        for step in trajectory.steps:
-            rewards = [candidate.reward for candidate in step.candidates]
-            assert step.candidates[step.chosen].reward == max(rewards) == 1.0
-            actions = [parse_action(candidate.text) for candidate in step.candidates]
-            for action, candidate in zip(actions, step.candidates, strict=True):
-                executed = wants_retrieval(step.state, action, 4)
-                assert bool(candidate.documents) == executed
-                wanted += [action.query] if executed else []
-            by_action = {}
-            for action, reward in zip(actions, rewards, strict=True):
-                assert by_action.setdefault(action, reward) == reward, "the same action got two rewards"
+    for step in (step for trajectory in trajectories for step in trajectory.steps):
+        rewards = [candidate.reward or 0.0 for candidate in step.candidates]
+        assert rewards[step.chosen] == max(rewards) == 1.0
+        actions = [parse_action(candidate.text) for candidate in step.candidates]
+        by_action = dict(zip(actions, rewards, strict=True))
+        assert [by_action[action] for action in actions] == rewards, "the same action got two rewards"
+        for action, candidate in zip(actions, step.candidates, strict=True):
+            executed = wants_retrieval(step.state, action, 4)
+            assert bool(candidate.documents) == executed
+            wanted += [action.query] if executed and isinstance(action, Search) else []
     assert sorted(wanted) == sorted(query for call in watched.calls for query in call)
 
 
@@ -229,7 +221,12 @@ def mesh(request):
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_a_mesh_gives_the_episodes_of_one_device(policy, reference, retriever, mesh, sharded, monkeypatch):
     acts, act = [], Episodes.act
-    monkeypatch.setattr(Episodes, "act", lambda self, turn, *rest: acts.append(turn) or act(self, turn, *rest))
+
+    def note(self, turn, *rest):
+        acts.append(turn)
+        return act(self, turn, *rest)
+
+    monkeypatch.setattr(Episodes, "act", note)
     watched = Watched(retriever)
     if sharded:
         actor = place(policy.actor, shardings(specs(CONFIG), mesh))
@@ -287,47 +284,3 @@ def test_large_vectors_reach_the_host_whole_and_lock_nothing(policy, retriever):
 def test_a_batch_that_cannot_be_split_is_refused(retriever):
     with pytest.raises(InputError, match="the batch cannot be split over the mesh; got batch 6 and data=4"):
         Rollout(CONFIG, toy_codec(), retriever, SAMPLING, RULES, batch=6, mesh=make_mesh(4))
-
-
-# ---------------------------------------------------------------- sampler and trainer agree
-
-
-@pytest.fixture(scope="module")
-def subwords():
-    """A real tokenizer and corpus, small."""
-    world = make_world("development", 0, questions=12)
-    texts = [segment for e in world.examples for segment in render(State(e.question), 3)]
-    texts += [document.text for document in world.documents[:200]]
-    corpus = Corpus.from_documents(world.documents[:200])
-    return world.examples, SentencePieceTokenizer.train(texts, 1200), HybridRetriever(corpus, k=2)
-
-
-def test_recorded_logprobs_and_scores_are_those_of_the_training_forward(subwords, monkeypatch):
-    examples, tokenizer, retriever = subwords
-    config = replace(CONFIG, vocab=tokenizer.vocab_size)
-    actor, critic = init(specs(config), jax.random.key(2)), init(critic_specs(config), jax.random.key(3))
-    codec, sampled, act = Codec(tokenizer, 3, 64), {}, Episodes.act
-
-    def keep(self, turn, rows, tokens, mask, *rest):
-        sampled[turn] = [
-            [row[m].tolist() for row, m in zip(*group, strict=True)] for group in zip(tokens, mask, strict=True)
-        ]
-        return act(self, turn, rows, tokens, mask, *rest)
-
-    monkeypatch.setattr(Episodes, "act", keep)
-    sampling = Sampling(candidates=4, max_tokens=4, temperature=0.7, top_p=0.95)
-    rollout = Rollout(config, codec, retriever, sampling, Rules(max_turns=3), batch=12)
-    rows, recorded, same = [], [], []
-    for i, trajectory in enumerate(rollout.run(Policy(config, actor, critic), examples, KEY)):
-        for turn, step in enumerate(trajectory.steps):
-            rows.append(codec.row(step.state, [c.text for c in step.candidates], [0.0] * 4))
-            recorded.append([(c.logprob, c.score) for c in step.candidates])
-            same.append([ours == theirs for ours, theirs in zip(rows[-1].actions, sampled[turn][i], strict=True)])
-    longest = max(row.sizes[1] for row in rows)
-    batch = collate(rows, prompt=64, action=longest, candidates=4)
-    logprob = jax.jit(token_logprobs, static_argnums=1)(actor, config, batch).sum(-1)
-    score = jax.jit(candidate_scores, static_argnums=1)(critic, config, batch)
-    same, recorded = np.array(same), np.array(recorded)
-    assert same.sum() >= 20, f"only {same.sum()} of {same.size} texts give their own tokens again"
-    np.testing.assert_allclose(np.asarray(logprob)[same], recorded[same][:, 0], atol=1e-4)
-    np.testing.assert_allclose(np.asarray(score)[same], recorded[same][:, 1], atol=1e-4)

@@ -7,15 +7,10 @@ the stages and configs/quickstart.py for the settings. Called again with the sam
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +18,11 @@ from typing import Any
 
 import jax
 import tyro
-from tqdm import tqdm
 
 from configs.quickstart import PRESETS
 from eval.report import write_report
 from jraggym.errors import InputError, exit_on_input_error
-from jraggym.evaluation import Row, compare
+from jraggym.evaluation import Row
 from jraggym.models.bert import BertEncoder, minilm_path
 from jraggym.recipes.quickstart import (
     Settings,
@@ -43,13 +37,12 @@ from jraggym.recipes.quickstart import (
     warm_longer,
     warm_start,
 )
-from jraggym.recipes.rows import Evaluator, Models, agents, sample_for_report
+from jraggym.recipes.rows import Evaluator, Models, agents
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
 from jraggym.retrieval.encoder import TfidfEncoder
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Trajectory, to_json, trajectory_from_json
-
-PACKAGES = ("jraggym", "jax", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
+from train.results import Console, gather, show
 
 
 @dataclass(frozen=True)
@@ -68,39 +61,6 @@ class Arguments:
     """A few steps of everything: shows in about a minute that it runs; its numbers mean nothing."""
 
 
-class Console:
-    """Progress bars, one for each stage, and the time that each took."""
-
-    def __init__(self) -> None:
-        self.stages: list[dict[str, Any]] = []
-        self.curves: dict[str, dict[str, list[list[float]]]] = {}
-        self._bar: tqdm | None = None
-
-    @contextmanager
-    def stage(self, name: str, detail: str = "") -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._close()
-        self.stages.append({"name": name, "seconds": time.perf_counter() - start, "detail": detail})
-
-    def progress(self, stage: str, done: int, total: int, metrics: Any) -> None:
-        if self._bar is None or self._bar.desc != stage:
-            self._close()
-            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
-        if metrics is not None and (done % 5 == 0 or done == total):
-            curve = self.curves.setdefault(stage, {})
-            for name in metrics.keys() & {"loss", "accuracy"}:
-                curve.setdefault(name, []).append([done, float(metrics[name])])
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
-
-
 def main() -> None:
     with exit_on_input_error():
         run(tyro.cli(Arguments))
@@ -108,17 +68,17 @@ def main() -> None:
 
 def run(arguments: Arguments) -> None:
     """Does all stages and writes results.json and report.html."""
-    start, console = time.perf_counter(), Console()
+    console = Console()
     settings = _settings(arguments)
     _quiet()
     _claim(arguments, settings)
     shop = _prepare(arguments, settings, console)
     models, records = _train(shop, console)
     rows, runs = _evaluate(shop, models, console)
-    results = _results(arguments, shop, console, rows, runs, records, time.perf_counter() - start)
+    results = gather(shop, console, rows, runs, records)
     _write(arguments.out / "results.json", json.dumps(results, indent=1))
     write_report(results, arguments.out / "report.html")
-    _print(results, arguments.out)
+    show(results, arguments.out)
 
 
 def _settings(arguments: Arguments) -> Settings:
@@ -247,80 +207,6 @@ def _evaluate(
 
 def _report(console: Console, name: str, total: int, done: int) -> None:
     console.progress(name, done, total, None)
-
-
-def _comparisons(rows: dict[str, Row], settings: Settings) -> list[dict[str, Any]]:
-    """The claims, written before the run: what has to beat what, and by how much."""
-    n = settings.candidates
-    critic, both = f"warm start + critic best of {n}", f"DPO + critic best of {n}"
-    claims = [
-        ("DPO", "warm start, greedy", 0.15),
-        ("DPO", "warm start trained longer", 0.0),
-        ("DPO", "DPO, shuffled rewards", 0.0),
-        ("SFT on good actions", "warm start, greedy", 0.0),
-        (critic, "warm start, greedy", 0.10),
-        (critic, f"warm start, majority of {n}", 0.10),
-        (critic, f"warm start + shuffled critic best of {n}", 0.0),
-        (critic, f"warm start + random best of {n}", 0.0),
-        (both, "DPO", 0.03),
-        (both, f"DPO, majority of {n}", 0.0),
-        ("DPO", "DPO, broken retriever", 0.0),
-    ]
-    return [
-        compare(f"{a} - {b}", f"at least {least:+.2f} EM, interval above 0", rows[a], rows[b], least, settings.seed)
-        for a, b, least in claims
-    ]
-
-
-def _results(
-    arguments: Arguments, shop: Workshop, console: Console, rows: dict, runs: dict, records: list, seconds: float
-) -> dict[str, Any]:
-    settings, n = shop.settings, shop.settings.candidates
-    shown = ["warm start, greedy", "DPO", f"warm start + critic best of {n}", f"DPO + critic best of {n}"]
-    rewards = [c.reward for r in records for c in r.candidates if c.reward is not None]
-    return {
-        "title": "A search agent from process supervision",
-        "dataset": arguments.dataset,
-        "seed": arguments.seed,
-        "seconds": seconds,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "config": {"command": f"python -m train.quickstart {' '.join(sys.argv[1:])}".strip(), **settings.fingerprint()},
-        "stages": console.stages,
-        "rows": [row.summary(settings.seed) for row in rows.values()],
-        "comparisons": _comparisons(rows, settings),
-        "curves": [{"name": name, "x": "step", "metrics": curve} for name, curve in console.curves.items()],
-        "world": {
-            f"{name} {what}": len(getattr(getattr(shop.task, name), attribute))
-            for name in ("train", "development", "test")
-            for what, attribute in (("questions", "examples"), ("documents", "corpus"))
-        },
-        "labels": {
-            "states": len(records),
-            "candidates": len(rewards),
-            "mean reward": sum(rewards) / max(len(rewards), 1),
-            "rewards": [[value, rewards.count(value)] for value in sorted(set(rewards))],
-        },
-        "trajectories": sample_for_report(
-            shop.task.test, {name: runs[name] for name in shown}, rows, 15, settings.seed
-        ),
-    }
-
-
-def _print(results: dict[str, Any], out: Path) -> None:
-    print(f"{'':42s} {'EM':>5s}  {'95 % interval':>14s} {'F1':>6s} {'searches':>9s} {'calls':>6s} {'tokens':>7s}")
-    for row in results["rows"]:
-        low, high = row["em_interval"]
-        print(
-            f"{row['name']:42s} {row['em']:5.3f}  {low:6.3f}–{high:6.3f}  {row['f1']:6.3f} {row['searches']:9.2f}"
-            f" {row['calls']:6.1f} {row['tokens']:7.1f}"
-        )
-    print()
-    for claim in results["comparisons"]:
-        low, high = claim["interval"]
-        mark = "holds" if claim["holds"] else "DOES NOT HOLD"
-        print(f"{claim['name']:78s} {claim['difference']:+.3f} [{low:+.3f}, {high:+.3f}]  {claim['claim']}: {mark}")
-    print(f"\n{results['seconds']:.0f} s; {out / 'results.json'} and {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Settings:
     actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
     critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=4e-3, rate=1e-3, warmup=10))
     beta: float = 0.1
-    nll: float = 0.1
+    nll: float = 0.5
 
     def smoke(self) -> Settings:
         """A few steps of everything."""

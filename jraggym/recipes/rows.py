@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ class Evaluator:
 
 
 def sample_for_report(
-    split: Split, runs: dict[str, Sequence[Trajectory]], rows: dict[str, Row], number: int, seed: int
+    split: Split, runs: Mapping[str, Sequence[Trajectory]], rows: Mapping[str, Row], number: int, seed: int
 ) -> list[dict[str, Any]]:
     """Trajectories for the report: the same questions, drawn at random, for each of the given runs."""
     chosen = sorted(random.Random(seed).sample(range(len(split.examples)), min(number, len(split.examples))))
