@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jraggym.data.plan import Faults
 from jraggym.models.decoder import DecoderConfig
-from jraggym.recipes.quickstart import Settings
+from jraggym.recipes.settings import Settings
 from jraggym.training import Optimization
 
 PRESETS = {
@@ -20,12 +20,14 @@ PRESETS = {
         development=30,
         test=100,
         vocab=4_096,
-        max_prompt=640,
+        max_prompt=1_024,
+        documents=1,
+        episodes=16,
         max_action=32,
         candidates=4,
         states=4,
         tokens=4_096,
-        edges=((128, 384), (128, 768)),
+        edges=((128, 512), (128, 1_536)),
         short_first=0,
         faults=Faults(premature_groups=1.0, premature=0.3),
         model=DecoderConfig(vocab=4_096),

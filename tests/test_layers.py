@@ -50,6 +50,7 @@ SIBLINGS = [
     ("jraggym.collection", "jraggym.rollout"),
     ("jraggym.models.decoder", "jraggym.models.attention"),
     ("jraggym.recipes.*", "jraggym.recipes.task"),
+    ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
     ("train.*", "train.results"),
     ("train.*", "eval.report"),

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from configs.quickstart import PRESETS
@@ -25,7 +25,6 @@ from jraggym.errors import InputError, exit_on_input_error
 from jraggym.evaluation import Row
 from jraggym.models.bert import BertEncoder, minilm_path
 from jraggym.recipes.quickstart import (
-    Settings,
     Workshop,
     collect_round,
     collector,
@@ -38,8 +37,9 @@ from jraggym.recipes.quickstart import (
     warm_start,
 )
 from jraggym.recipes.rows import Evaluator, Models, agents
+from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
-from jraggym.retrieval.encoder import TfidfEncoder
+from jraggym.retrieval.encoder import TfidfEncoder, embed
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Trajectory, to_json, trajectory_from_json
 from train.results import Console, gather, show
@@ -132,7 +132,7 @@ def _prepare(arguments: Arguments, settings: Settings, console: Console) -> Work
         else:
             assert arguments.data_dir is not None
             task = hotpotqa_task(arguments.data_dir, **sizes)
-        train, test = (_retriever(split, task, settings, console) for split in (task.train, task.test))
+        train, test = (_retriever(split, task, settings, console, arguments.out) for split in (task.train, task.test))
         tokenizer = train_tokenizer(task, settings)
         _write_bytes(arguments.out / "tokenizer.model", tokenizer.model)
     return Workshop(settings, task, train, test, tokenizer, arguments.out, console.progress)
@@ -144,12 +144,27 @@ def _write_bytes(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
-def _retriever(split: Split, task: Task, settings: Settings, console: Console) -> HybridRetriever:
+def _retriever(split: Split, task: Task, settings: Settings, console: Console, out: Path) -> HybridRetriever:
     if task.name == "synthhop":
-        encoder: Any = TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector)
-    else:
-        encoder = BertEncoder.load(minilm_path())
-    return HybridRetriever(split.corpus, encoder, k=settings.documents)
+        return HybridRetriever(
+            split.corpus, TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector), k=settings.documents
+        )
+    encoder = BertEncoder.load(minilm_path())
+    texts, kept = split.corpus.texts(), out / f"vectors-{len(split.corpus)}.npy"
+    if not kept.exists():
+        vectors = embed(encoder, texts, progress=partial(_report, console, "embed", len(texts)))
+        _save_vectors(kept, vectors)
+    return HybridRetriever(split.corpus, encoder, k=settings.documents, vectors=np.load(kept))
+
+
+def _save_vectors(path: Path, vectors: np.ndarray) -> None:
+    scratch = path.with_name(path.stem + ".tmp.npy")
+    np.save(scratch, vectors)
+    os.replace(scratch, path)
+
+
+def _report(console: Console, name: str, total: int, done: int) -> None:
+    console.progress(name, done, total, None)
 
 
 def _train(shop: Workshop, console: Console) -> tuple[Models, list]:
@@ -203,10 +218,6 @@ def _evaluate(
         ceiling = "the plan's searches, then the gold answer if its documents were found"
         rows["oracle"] = evaluator.score("oracle", "ceiling", ceiling, evaluator.oracle())
     return rows, runs
-
-
-def _report(console: Console, name: str, total: int, done: int) -> None:
-    console.progress(name, done, total, None)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from jraggym.data.process import ProcessRecord
 from jraggym.evaluation import Row, compare
-from jraggym.recipes.quickstart import Settings, Workshop
+from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import sample_for_report
+from jraggym.recipes.settings import Settings
 from jraggym.types import Trajectory
 
 PACKAGES = ("jraggym", "jax", "flax", "optax", "orbax-checkpoint", "scann", "numpy")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from jraggym.batch import ProcessBatch
 from jraggym.checkpoint import Checkpointer
 from jraggym.collection import collect
-from jraggym.data.plan import Faults, demonstrate
+from jraggym.data.plan import demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
@@ -33,6 +33,7 @@ from jraggym.objectives.critic import critic_loss
 from jraggym.objectives.dpo import dpo_loss
 from jraggym.objectives.forward import candidate_scores, token_logprobs
 from jraggym.objectives.sft import sft_loss
+from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.rollout import Policy, Rollout
@@ -42,52 +43,10 @@ from jraggym.text.actions import format_action
 from jraggym.text.batching import Batches, Codec, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.training import BatchSource, Metrics, Optimization, Run, fit
+from jraggym.training import BatchSource, Metrics, Run, fit
 from jraggym.types import Answer, Search
 
 Progress = Callable[[str, int, int, Metrics | None], None]  # (stage, done, total, metrics)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the numbers. Letters: P prompt, A action tokens, K candidates."""
-
-    seed: int = 0
-    demonstrations: int = 16_000
-    collected: int = 640  # questions, in each of the two rounds
-    development: int = 200
-    test: int = 400
-    vocab: int = 1_024
-    max_turns: int = 5
-    documents: int = 2  # per search
-    vector: int = 512  # width of the TF-IDF vectors
-    max_prompt: int = 256  # P
-    max_action: int = 24  # A
-    candidates: int = 8  # K
-    temperature: float = 1.0
-    closed_book: float = 0.04  # share of demonstrations that answer without any search
-    faults: Faults = field(default_factory=Faults)
-    model: DecoderConfig = field(default_factory=DecoderConfig)
-    edges: tuple[tuple[int, int], ...] = ((32, 64), (32, 112), (32, 256))  # (P, A) of whole-episode batches
-    tokens: int = 3_072  # per whole-episode batch
-    states: int = 12  # per batch of labelled candidates
-    short_first: int = 120
-    warm_start: Optimization = field(default_factory=lambda: Optimization(500, rate=6e-3, warmup=20))
-    actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
-    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=4e-3, rate=1e-3, warmup=10))
-    beta: float = 0.1
-    nll: float = 0.5
-
-    def smoke(self) -> Settings:
-        """A few steps of everything."""
-        few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
-        warm = dataclasses.replace(self.warm_start, steps=60)
-        fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 1_000), collected=16, test=16)
-        return dataclasses.replace(fewer, warm_start=warm, short_first=60, **few)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -170,8 +129,21 @@ def demonstrations(shop: Workshop, short_first: int) -> Batches:
     episodes = run_script(examples, script, shop.train_retriever, budgets)
     codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
     rows = [codecs[budget].episode(episode.final) for budget, episode in zip(budgets, episodes, strict=True)]
+    rows = _fitting(rows, settings.edges[-1])
     shapes = buckets(settings.edges, settings.tokens, candidates=1)
     return Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=short_first)
+
+
+def _fitting(rows: Sequence[Row], edge: tuple[int, int]) -> list[Row]:
+    """The rows that the largest bucket holds; InputError when that loses more than a tenth of them."""
+    kept = [row for row in rows if row.sizes[0] <= edge[0] and row.sizes[1] <= edge[1]]
+    if len(kept) < 0.9 * len(rows):
+        raise InputError(
+            "most demonstrations must fit the largest bucket",
+            got=f"{len(kept)} of {len(rows)} within {edge} tokens",
+            remedy="Raise `edges`.",
+        )
+    return kept
 
 
 def imitation(config: DecoderConfig, share: float = 0.5):
@@ -229,7 +201,7 @@ def collector(shop: Workshop) -> Rollout:
     settings = shop.settings
     sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
     rules = Rules(settings.max_turns, "reward", support_judge, seed=settings.seed)
-    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules)
+    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
 
 
 def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool = False):

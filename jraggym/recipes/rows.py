@@ -105,7 +105,7 @@ class Evaluator:
         sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
         greedy = Sampling(1, settings.max_action, 0.0)
         self._rollouts = {
-            name: Rollout(shop.config, shop.codec, retriever, how, self._rules)
+            name: Rollout(shop.config, shop.codec, retriever, how, self._rules, batch=settings.episodes)
             for name, how in (("greedy", greedy), ("sampled", sampling))
         }
         self._no_critic = init(critic_specs(shop.config), shop.key("no critic"))

@@ -1,0 +1,54 @@
+"""The settings of the main job."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from jraggym.data.plan import Faults
+from jraggym.models.decoder import DecoderConfig
+from jraggym.training import Optimization
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers. Letters: P prompt, A action tokens, K candidates."""
+
+    seed: int = 0
+    demonstrations: int = 16_000
+    collected: int = 640  # questions, in each of the two rounds
+    development: int = 200
+    test: int = 400
+    vocab: int = 1_024
+    max_turns: int = 5
+    documents: int = 2  # per search
+    vector: int = 512  # width of the TF-IDF vectors
+    max_prompt: int = 256  # P
+    max_action: int = 24  # A
+    candidates: int = 8  # K
+    temperature: float = 1.0
+    closed_book: float = 0.04  # share of demonstrations that answer without any search
+    faults: Faults = field(default_factory=Faults)
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    edges: tuple[tuple[int, int], ...] = ((32, 64), (32, 112), (32, 256))  # (P, A) of whole-episode batches
+    tokens: int = 3_072  # per whole-episode batch
+    states: int = 12  # per batch of labelled candidates
+    episodes: int = 64  # per batch of a rollout
+    short_first: int = 120
+    warm_start: Optimization = field(default_factory=lambda: Optimization(500, rate=6e-3, warmup=20))
+    actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
+    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=4e-3, rate=1e-3, warmup=10))
+    beta: float = 0.1
+    nll: float = 0.5
+
+    def smoke(self) -> Settings:
+        """A few steps of everything."""
+        few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
+        warm = dataclasses.replace(self.warm_start, steps=60)
+        fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 1_000), collected=16, test=16)
+        return dataclasses.replace(fewer, warm_start=warm, short_first=60, **few)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return dataclasses.asdict(self)
