@@ -58,7 +58,7 @@ class Arguments:
     data_dir: Path | None = None
     """Folder with the official HotpotQA json files."""
     smoke: bool = False
-    """A few steps of everything: shows in about a minute that it runs; its numbers mean nothing."""
+    """A few steps of everything: shows in a minute or two that it runs; its numbers mean nothing."""
 
 
 def main() -> None:
@@ -91,8 +91,7 @@ def _settings(arguments: Arguments) -> Settings:
 
 
 def _quiet() -> None:
-    logging.getLogger("bm25s").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.disable(logging.INFO)
 
 
 def _claim(arguments: Arguments, settings: Settings) -> None:
@@ -110,7 +109,8 @@ def _claim(arguments: Arguments, settings: Settings) -> None:
             _write(path, json.dumps(job, indent=1))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"cannot use {arguments.out}", got=error, remedy="Name another --out folder.") from error
-    jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

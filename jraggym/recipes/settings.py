@@ -47,6 +47,7 @@ class Settings:
         few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
         warm = dataclasses.replace(self.warm_start, steps=60)
         fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 1_000), collected=16, test=16)
+        fewer = dataclasses.replace(fewer, episodes=16, candidates=4, states=4)
         return dataclasses.replace(fewer, warm_start=warm, short_first=60, **few)
 
     def fingerprint(self) -> dict[str, Any]:
