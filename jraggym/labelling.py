@@ -19,17 +19,23 @@ Judge = Callable[[Example, State, Sequence[Action], Sequence[Found]], list[float
 MALFORMED, TOO_LATE, PREMATURE, WRONG, REDUNDANT, USELESS, USEFUL, SUFFICIENT = map(float, range(8))
 
 
-def rank_rewards(grades: Sequence[Grade]) -> list[float]:
+def rank_rewards(grades: Sequence[Grade], absent: int = 0) -> list[float]:
     """1 / (1 + rank), where rank counts the strictly better candidates (RAG-Gym, rank rule).
 
-    Equal grades get equal rewards: grades (5, 3, 3, 5) become rewards (1, 1/3, 1/3, 1).
+    Equal grades get equal rewards: grades (5, 3, 3, 5) become rewards (1, 1/3, 1/3, 1). `absent` counts better
+    actions that nobody proposed.
     """
-    return [1.0 / (1 + sum(other > grade for other in grades)) for grade in grades]
+    return [1.0 / (1 + absent + sum(other > grade for other in grades)) for grade in grades]
 
 
 def support_judge(example: Example, state: State, actions: Sequence[Action], found: Sequence[Found]) -> list[float]:
-    """Process rewards of the candidates at `state`; `found` holds the documents that each search brings."""
-    return rank_rewards([grade(example, state, a, d) for a, d in zip(actions, found, strict=True)])
+    """Process rewards of the candidates at `state`; `found` holds the documents that each search brings.
+
+    A state always has a good action: a search for what is missing, or the right answer. Where no candidate is one,
+    it counts as absent: the best of a bad lot gets 1/2, and no objective takes it for an example to follow.
+    """
+    grades = [grade(example, state, a, d) for a, d in zip(actions, found, strict=True)]
+    return rank_rewards(grades, absent=int(max(g[0] for g in grades) < USEFUL))
 
 
 def grade(example: Example, state: State, action: Action, found: Found) -> Grade:

@@ -109,7 +109,7 @@ def _claim(arguments: Arguments, settings: Settings) -> None:
             _write(path, json.dumps(job, indent=1))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"cannot use {arguments.out}", got=error, remedy="Name another --out folder.") from error
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -32,6 +32,7 @@ from jraggym.models.decoder import Decoder, DecoderConfig, init, look_back, spec
 from jraggym.objectives.critic import critic_loss
 from jraggym.objectives.dpo import dpo_loss
 from jraggym.objectives.forward import candidate_scores, token_logprobs
+from jraggym.objectives.pairs import POSITIVE
 from jraggym.objectives.sft import sft_loss
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
@@ -220,7 +221,7 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
         useful = [_dealt(row, f"{settings.seed}/{number}") for number, row in enumerate(useful)]
     if not useful:
         raise InputError(
-            "no state has candidates of different reward",
+            "no state has a good candidate beside a worse one",
             got=f"{len(records)} states",
             remedy="Train the warm start longer, or collect more questions.",
         )
@@ -232,14 +233,15 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
 
 
 def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
-    """The record's distinct candidates, or None when they do not differ in reward."""
+    """The record's distinct candidates, or None unless there is a good one and another to tell it from."""
     # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
     ids = shop.tokenizer.encode([c.text for c in record.candidates])
     fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
     if not fitting:
         return None
     row = shop.codec.row(record.state, [c.text for c in fitting], [c.reward for c in fitting])
-    return row if len({r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}) > 1 else None
+    rewards = {r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}
+    return row if len(rewards) > 1 and max(rewards) > POSITIVE else None
 
 
 def _dealt(row: Row, seed: str) -> Row:
