@@ -1,4 +1,4 @@
-"""The main job: questions in, a measurably better search agent out (Re2Search++'s shape: DPO actor + critic).
+"""The main job: questions in, a trained and measured search agent out (Re2Search++'s shape: DPO actor + critic).
 
     demonstrations -> SFT warm start -> collect labelled candidates -> SFT on good actions | DPO
                                    collect again with the DPO actor -> critic
