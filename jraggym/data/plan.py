@@ -17,13 +17,14 @@ from jraggym.types import Answer, Example, Search, State
 class Plan:
     """The searches that find everything needed, in order, and the answer.
 
-    `thoughts[i]` and `bridges[i]` are what one notes, and what a hasty reader would answer, after i + 1
-    searches; `group` names the composition of the question (faults are tied to groups).
+    `thoughts[i]`, `bridges[i]` and `detours[i]` are what one notes, what a hasty reader would answer, and whom
+    the page also names, after i + 1 searches; `group` says what kind of question it is (faults are tied to groups).
     """
 
     queries: tuple[str, ...]
     thoughts: tuple[str, ...]
     bridges: tuple[str, ...]
+    detours: tuple[tuple[str, ...], ...]
     answer: str
     group: str
 
@@ -73,10 +74,8 @@ def demonstrate(plan: Plan, state: State, faults: Faults, rng: random.Random, *,
         return Answer(plan.bridges[done - 1], thought)
     if done and not _repeats(state) and rng.random() < faults.prone("redundant", plan.group):
         return Search(plan.queries[done - 1], thought)
-    if state.turns and rng.random() < faults.prone("astray", plan.group):
-        titles = [d.title for d in state.turns[-1].documents if not any(d.title in q for q in plan.queries)]
-        if titles:
-            return Search(rng.choice(titles), thought)
+    if done and plan.detours[done - 1] and rng.random() < faults.prone("astray", plan.group):
+        return Search(rng.choice(plan.detours[done - 1]), thought)
     return Search(plan.queries[done], thought)
 
 
@@ -101,7 +100,8 @@ def plan_by_titles(example: Example) -> Plan:
     named = [title for title in example.support if _bare(title).lower() in example.question.lower()]
     titles = tuple(map(_bare, named + [title for title in example.support if title not in named]))
     later = (*titles[1:], example.answers[0])
-    return Plan(titles, titles, later, example.answers[0], f"{example.kind}/{len(titles)}/{len(named)}")
+    wrong = tuple((title,) if title not in titles else () for title in later)
+    return Plan(titles, titles, later, wrong, example.answers[0], f"{example.kind}/{len(titles)}/{len(named)}")
 
 
 def _bare(title: str) -> str:

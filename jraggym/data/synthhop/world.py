@@ -25,7 +25,7 @@ from jraggym.types import Document, Example
 
 SPLITS = {"train": 10, "development": 1, "test": 1}  # split -> size in thousands of documents
 PER_THOUSAND = {"person": 400, "film": 200, "book": 200, "company": 100, "city": 100}
-MIX = {"1-hop": 0.15, "2-hop": 0.4, "3-hop": 0.25, "same": 0.1, "choice": 0.1}
+MIX = {"1-hop": 0.1, "2-hop": 0.35, "3-hop": 0.3, "same": 0.1, "choice": 0.15}
 HELD_OUT = 0.12  # share of the 2- and 3-hop compositions that training never asks about
 NEW = 0.25  # share of the multi-hop questions outside training that ask about those
 
@@ -174,9 +174,11 @@ def _phrase(query: _Query, facts: dict[tuple[str, str], str]) -> tuple[Example, 
         return _phrase_pair(query, facts, rng)
     entity = phrase = query.subjects[0]
     support: list[str] = []
-    queries, bridges = [], []
+    queries, bridges, detours = [], [], []
     for name in query.chain:
         support.append(entity)
+        others = (r.name for r in RELATIONS.values() if r.name != name)
+        detours.append(tuple(facts[entity, other] for other in others if (entity, other) in facts))
         queries.append(f"{entity} {name}")
         phrase = rng.choice(RELATIONS[name].phrases).format(phrase)
         entity = facts[entity, name]
@@ -185,7 +187,9 @@ def _phrase(query: _Query, facts: dict[tuple[str, str], str]) -> tuple[Example, 
     question = rng.choice(QUESTIONS).format(wh=wh, chain=phrase)
     example = Example(query.id, question, (entity,), query.kind, tuple(dict.fromkeys(support)))
     thoughts = tuple(f"{name} {value}" for name, value in zip(query.chain, bridges, strict=True))
-    return example, Plan(tuple(queries), thoughts, tuple(bridges), entity, "/".join(query.chain))
+    return example, Plan(
+        tuple(queries), thoughts, tuple(bridges), tuple(detours), entity, query.chain[-1] if len(query.chain) > 1 else "1-hop"
+    )
 
 
 def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.Random) -> tuple[Example, Plan]:
@@ -203,4 +207,4 @@ def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.R
     queries = (f"{x} {relation}", f"{y} {relation}")
     first = f"{relation} {facts[x, relation]}"
     thoughts = (first, f"{first} {relation} {facts[y, relation]}")
-    return example, Plan(queries, thoughts, (hasty, hasty), answer, f"{query.kind}/{relation}")
+    return example, Plan(queries, thoughts, (hasty, hasty), ((), ()), answer, f"{query.kind}/{relation}")
