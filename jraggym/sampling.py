@@ -103,12 +103,17 @@ def sample(
 
 
 def draw(logits: Array, sampling: Sampling, keys: Array) -> Array:
-    """One token [B, K] from logits [B, K, V], with one key for each of the B rows."""
+    """One token [B, K] from logits [B, K, V], with one key for each of the B rows.
+
+    By inversion of the distribution function: one random number for each draw, where Gumbel noise takes V.
+    """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = truncate(logits / sampling.temperature, sampling)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    mass = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+    uniform = 1.0 - jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:2]))(keys)  # in (0, 1]
+    # The first token whose mass reaches the threshold: its own probability is not 0.
+    return jnp.sum(mass < (uniform * mass[..., -1])[..., None], axis=-1).astype(jnp.int32)
 
 
 def truncate(logits: Array, sampling: Sampling) -> Array:

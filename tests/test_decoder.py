@@ -18,7 +18,6 @@ from array_samples import TIED, UNTIED, causal_hidden, copied, random_batch, ran
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from jraggym.errors import InputError
-from jraggym.models.attention import rotary, turn
 from jraggym.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -29,7 +28,6 @@ from jraggym.models.decoder import (
     empty_cache,
     init,
     is_spec,
-    look_back,
     prefix_forward,
     specs,
     unembedding,
@@ -221,22 +219,6 @@ def test_bfloat16_activations_with_float32_weights(batch):
     mask = np.asarray(branches(batch)[1])
     rough, exact = (np.asarray(x, np.float32)[mask] for x in states)
     assert 0 < np.sqrt(np.mean((rough - exact) ** 2)) < 0.02 * np.std(exact)
-
-
-def test_look_back_makes_one_head_read_the_previous_token():
-    config = dataclasses.replace(TIED, head_dim=16)
-    weights = look_back(jax.tree.map(jnp.asarray, random_decoder(config)), config)
-    h = config.head_dim
-
-    @jax.jit
-    def turned(bias):
-        angles = rotary(jnp.arange(12)[None], h, config.rope_theta)
-        return turn(jnp.broadcast_to(bias[0, :h], (1, 1, 12, h)), angles)[0, 0]
-
-    q, k = np.asarray(turned(weights.layers.q_bias)), np.asarray(turned(weights.layers.k_bias))
-    scores = np.where(np.tri(12), q @ k.T, -np.inf)
-    assert list(scores.argmax(axis=1)[1:]) == list(range(11))
-    np.testing.assert_allclose(scores[1:].max(axis=1), 2.5**2 * h / 2, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- configuration and weights

@@ -41,6 +41,7 @@ SIBLINGS = [
     ("jraggym.data.process*", "jraggym.data.process.*"),
     ("jraggym.data.hotpotqa", "jraggym.retrieval.corpus"),
     ("jraggym.models.*", "jraggym.models.decoder"),
+    ("jraggym.models.*", "jraggym.models.likelihood"),
     ("jraggym.objectives.*", "jraggym.objectives.forward"),
     ("jraggym.objectives.*", "jraggym.objectives.pairs"),
     ("jraggym.objectives.dpo", "jraggym.objectives.sft"),

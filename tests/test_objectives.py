@@ -20,10 +20,11 @@ from array_samples import (
 )
 
 from jraggym.batch import ProcessBatch
+from jraggym.models.likelihood import CHUNK, chunked_logprobs
 from jraggym.objectives.critic import critic_loss
 from jraggym.objectives.dpo import dpo_loss
-from jraggym.objectives.forward import CHUNK, candidate_scores, chunked_logprobs, token_logprobs
-from jraggym.objectives.pairs import ordered_pairs, threshold_pairs
+from jraggym.objectives.forward import candidate_scores, token_logprobs
+from jraggym.objectives.pairs import state_mean, threshold_pairs
 from jraggym.objectives.sft import sft_loss
 
 BETA, NLL, CENTRE = 0.5, 0.3, 0.02
@@ -128,21 +129,30 @@ def test_golden_dpo():
 
 
 def test_golden_critic():
-    batch = small_batch([[1.0, 0.5, 0.5]])
+    batch = small_batch([[1.0, 0.4, 0.25]])
     loss, metrics = critic_loss(jnp.array([[1.0, 0.0, 2.0]]), batch, centre=0.01)
-    # pairs (0, 1) and (0, 2); the two candidates of equal reward make none
+    # pairs (0, 1) and (0, 2); the middle of the ranking makes none
     expected = (np.log1p(np.exp(-1.0)) + 0.01 * 1**2 + np.log1p(np.exp(1.0)) + 0.01 * 3**2) / 2
     assert float(loss) == pytest.approx(expected, abs=1e-6)
     assert (float(metrics["accuracy"]), float(metrics["pairs"])) == (0.5, 2.0)
+    pointwise, _ = critic_loss(jnp.array([[1.0, 0.0, 2.0]]), batch, centre=0.01, pointwise=0.6)
+    asked = np.log1p(np.exp([-1.0, 0.0, 2.0])).mean()  # good, bad, bad
+    assert float(pointwise) == pytest.approx(expected + 0.6 * asked, abs=1e-6)
+
+
+def test_states_count_alike_however_many_pairs_they_have():
+    pairs = jnp.array([[[0, 1, 1], [0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0], [0, 0, 0]], jnp.zeros((3, 3))]) > 0
+    values = jnp.array([[[9, 1, 3], [9] * 3, [9] * 3], [[9, 6, 9], [9] * 3, [9] * 3], [[jnp.nan] * 3] * 3])
+    assert float(state_mean(values, pairs)) == pytest.approx((2 + 6) / 2)
+    assert float(state_mean(values, pairs & False)) == 0.0
 
 
 def test_thresholds_and_ties():
-    batch = small_batch([[0.76, 0.75, 0.5, 0.49]], candidate_mask=[[True, True, True, True]])
-    assert np.argwhere(threshold_pairs(jax.tree.map(jnp.asarray, batch))[0]).tolist() == [[0, 3]]
-    assert int(ordered_pairs(batch).sum()) == 6
+    batch = jax.tree.map(jnp.asarray, small_batch([[0.76, 0.75, 0.5, 0.49]], candidate_mask=[[True] * 4]))
+    assert np.argwhere(threshold_pairs(batch)[0]).tolist() == [[0, 3]]
+    assert np.argwhere(threshold_pairs(batch, below=0.75)[0]).tolist() == [[0, 2], [0, 3]]
     masked = batch.replace(candidate_mask=np.array([[True, True, True, False]]))
     assert not threshold_pairs(masked).any()
-    assert int(ordered_pairs(masked).sum()) == 3
 
 
 # ---------------------------------------------------------------- identities
@@ -176,9 +186,11 @@ def test_bradley_terry_ignores_a_shift_and_the_centring_term_is_exact(batch):
     score = np.random.default_rng(0).normal(size=batch.reward.shape).astype(np.float32)
     plain, shifted = (float(critic_loss(s, batch, centre=0.0)[0]) for s in (score, score + 3.0))
     assert plain == pytest.approx(shifted, abs=1e-6)
-    totals = (score[:, :, None] + score[:, None, :])[np.asarray(ordered_pairs(batch))]
+    totals = (score[:, :, None] + score[:, None, :]).astype(np.float64) ** 2
+    pairs = np.asarray(threshold_pairs(batch))
+    means = [totals[i][pairs[i]].mean() for i in range(len(pairs)) if pairs[i].any()]
     centred = float(critic_loss(score, batch, centre=0.25)[0])
-    assert centred - plain == pytest.approx(0.25 * np.mean(totals.astype(np.float64) ** 2), rel=1e-5)
+    assert centred - plain == pytest.approx(0.25 * np.mean(means), rel=1e-5)
 
 
 # ---------------------------------------------------------------- masks

@@ -199,7 +199,8 @@ def test_the_judge_sees_every_candidate_of_one_search_a_turn(policy, retriever):
     wanted = []
     for step in (step for trajectory in trajectories for step in trajectory.steps):
         rewards = [candidate.reward or 0.0 for candidate in step.candidates]
-        assert rewards[step.chosen] == max(rewards) and max(rewards) in (0.5, 1.0)
+        assert rewards[step.chosen] == max(rewards)
+        assert max(rewards) in (0.5, 1.0)
         actions = [parse_action(candidate.text) for candidate in step.candidates]
         by_action = dict(zip(actions, rewards, strict=True))
         assert [by_action[action] for action in actions] == rewards, "the same action got two rewards"

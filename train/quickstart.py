@@ -31,6 +31,7 @@ from jraggym.recipes.quickstart import (
     imitate,
     labelled,
     optimise_preferences,
+    successful,
     train_critic,
     train_tokenizer,
     warm_longer,
@@ -176,7 +177,7 @@ def _train(shop: Workshop, console: Console) -> tuple[Models, list]:
     rollout = collector(shop)
     with console.stage("collect, warm start", f"{len(first)} questions, {settings.candidates} candidates a state"):
         records = collect_round(shop, "warm-start", warm, first, rollout)
-    data, shuffled = labelled(shop, records), labelled(shop, records, shuffle=True)
+    data, shuffled = (labelled(shop, successful(records), shuffle=deal) for deal in (False, True))
     with console.stage("actors", "SFT on good actions, DPO, and their controls"):
         longer = warm_longer(shop, warm)
         imitation = imitate(shop, warm, data)
@@ -214,9 +215,8 @@ def _evaluate(
                 found = evaluator.run(agent, partial(_report, console, agent.name, total))
                 _write(path, "".join(json.dumps(to_json(t)) + "\n" for t in found))
             runs[agent.name] = [trajectory_from_json(json.loads(line)) for line in path.read_text().splitlines()]
-            rows[agent.name] = evaluator.score(agent.name, agent.group, agent.note, runs[agent.name])
-        ceiling = "the plan's searches, then the gold answer if its documents were found"
-        rows["oracle"] = evaluator.score("oracle", "ceiling", ceiling, evaluator.oracle())
+            rows[agent.name] = evaluator.score(agent, runs[agent.name])
+        rows["oracle"] = evaluator.oracle()
     return rows, runs
 
 

@@ -37,12 +37,12 @@ class Faults:
     be prone to several faults.
     """
 
-    premature: float = 0.75
-    premature_groups: float = 0.45
-    redundant: float = 0.5
-    redundant_groups: float = 0.25
-    astray: float = 0.5
-    astray_groups: float = 0.25
+    premature: float = 0.65
+    premature_groups: float = 0.5
+    redundant: float = 0.4
+    redundant_groups: float = 0.2
+    astray: float = 0.15
+    astray_groups: float = 0.4
 
     def prone(self, fault: str, group: str) -> float:
         """The probability of `fault` in questions of `group`: its share, or 0 outside the prone groups."""

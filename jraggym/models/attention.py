@@ -6,6 +6,7 @@ G key/value heads, H head dim.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ def attend(q: Array, parts: list[Keys]) -> Array:
     """
     x, heads, t, h = q.shape
     scores = [_scores(q * h**-0.5, part) for part in parts]
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0))
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1, initial=-1e30) for s in scores]), axis=0))
     total, mixed = jnp.zeros(()), jnp.zeros((), q.dtype)
     for score, part in zip(scores, parts, strict=True):
         weight = jnp.exp(score - top[..., None])
@@ -55,8 +56,8 @@ def attend(q: Array, parts: list[Keys]) -> Array:
 
 def matmul(x: Array, matrix: Array) -> Array:
     """x @ matrix as one flat product: XLA's CPU backend is fastest on two-dimensional operands."""
-    flat = x.reshape(-1, x.shape[-1]) @ matrix.astype(x.dtype)
-    return flat.reshape(*x.shape[:-1], -1)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ matrix.astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def _scores(q: Array, part: Keys) -> Array:

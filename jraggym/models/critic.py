@@ -8,20 +8,27 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from jraggym.models.decoder import Decoder, DecoderConfig, Prefix, Spec, branch_forward, specs
+from jraggym.models.decoder import Decoder, DecoderConfig, Prefix, Spec, branch_forward, specs, unembedding
+from jraggym.models.likelihood import chunked_logprobs
 
 
 @struct.dataclass
 class Critic:
-    """r(s, a) = hidden(s, a)[last token] . head  (RAG-Gym 2.2.2, equation 1)."""
+    """r(s, a) = hidden(s, a)[last token] . head  (RAG-Gym 2.2.2, equation 1).
+
+    With `likelihood`, r(s, a) also counts likelihood * log p(a | s) under the trunk's own language model: what a
+    small trunk knows about an action (is this name copied rightly?) lies in its predictions before each token.
+    """
 
     trunk: Decoder
     head: Any  # [D]
+    likelihood: Any = None  # [] or None
 
 
-def critic_specs(config: DecoderConfig) -> Critic:
-    """The critic's weight table; its trunk is the decoder's."""
-    return Critic(specs(config), Spec((config.model,), ("model",), 0.1 * config.model**-0.5))
+def critic_specs(config: DecoderConfig, *, likelihood: bool = False) -> Critic:
+    """The critic's weight table; its trunk is the decoder's, and a likelihood weight starts at 1."""
+    head = Spec((config.model,), ("model",), 0.1 * config.model**-0.5)
+    return Critic(specs(config), head, Spec((), (), 0.0) if likelihood else None)
 
 
 def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens: Array, mask: Array) -> Array:
@@ -32,4 +39,9 @@ def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens
     hidden = branch_forward(weights.trunk, config, prefix, tokens, mask)
     last = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
     final = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
-    return (final @ weights.head).astype(jnp.float32)
+    score = (final @ weights.head).astype(jnp.float32)
+    if weights.likelihood is None:
+        return score
+    before, targets = hidden[:, :, :-1].reshape(-1, hidden.shape[-1]), tokens[:, :, 1:]
+    logprob = chunked_logprobs(before, unembedding(weights.trunk), targets.reshape(-1)).reshape(targets.shape)
+    return score + weights.likelihood * jnp.sum(jnp.where(mask[:, :, 1:], logprob, 0.0), axis=-1)

@@ -14,7 +14,7 @@ G key/value heads, H head dim, F feed-forward, V vocabulary, N layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -142,25 +142,6 @@ def init(table: Any, key: Array) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
-def look_back(weights: Decoder, config: DecoderConfig, strength: float = 2.5) -> Decoder:
-    """Starts the first head of the first layer off looking at the previous token.
-
-    That is the half of an induction head which takes longest to form, and a from-scratch actor copies names by
-    induction. With biases k = a and q = a turned by -1 position, the score at distance d is a^2 sum_f cos(f (d - 1)).
-    """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2) / config.head_dim)
-    q = strength * jnp.concatenate([jnp.cos(frequency), -jnp.sin(frequency)])
-    k = strength * jnp.concatenate([jnp.ones(half), jnp.zeros(half)])
-    layers = weights.layers
-    layers = replace(
-        layers,
-        q_bias=layers.q_bias.at[0, : config.head_dim].set(q),
-        k_bias=layers.k_bias.at[0, : config.head_dim].set(k),
-    )
-    return replace(weights, layers=layers)
-
-
 def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array) -> Prefix:
     """One causal pass over left-padded prompts.
 
@@ -210,33 +191,46 @@ def decode_step(
 ) -> tuple[Array, tuple[Array, Array]]:
     """One more token of K branches of each prompt.
 
-    Args: cache: keys and values [N, B * K, G, S, H] of the branch tokens so far; slot: how many there are;
+    Args: cache: keys and values [N, B, G, K, S, H] of the branch tokens so far; slot: how many there are;
       token int32 [B, K], which goes into that slot.
     Returns: the hidden states [B, K, D] and the cache with the slot filled.
     """
     b, k_ = token.shape
+    slots = cache[0].shape[4]
     position = jnp.repeat(prefix.start + slot, k_)[:, None]
     angles = _angles(config, position)
-    own = (jnp.arange(cache[0].shape[3]) <= slot)[None, None, None]  # [1, 1, 1, S]
-    shared = prefix.mask[:, None, None]
+    # All branches of a prompt go through one product with the keys of all; each sees its own. That wastes a factor
+    # K of a small product, and saves B * K tiny ones.
+    own = jnp.eye(k_, dtype=bool)[:, :, None] & (jnp.arange(slots) < slot)
+    past = jnp.tile(own.reshape(k_, 1, 1, k_ * slots), (b, 1, 1, 1))  # [B * K, 1, 1, K * S]
+    shared, itself = prefix.mask[:, None, None], jnp.ones((1, 1, 1, 1), bool)
+
+    def flat(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], k_ * slots, config.head_dim)
 
     def step(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
-        layer, prefix_k, prefix_v, own_k, own_v = inputs
+        layer, prefix_k, prefix_v, past_k, past_v = inputs
         q, k, v = _qkv(layer, config, x, angles)
-        own_k = jax.lax.dynamic_update_slice_in_dim(own_k, k, slot, axis=2)
-        own_v = jax.lax.dynamic_update_slice_in_dim(own_v, v, slot, axis=2)
-        attended = attend(q, [Keys(prefix_k, prefix_v, shared), Keys(own_k, own_v, own)])
-        return _residual(layer, config, x, attended), (own_k, own_v)
+        before = [Keys(prefix_k, prefix_v, shared), Keys(flat(past_k), flat(past_v), past)]
+        attended = attend(q, [*before, Keys(k, v, itself)])
+        return _residual(layer, config, x, attended), (k, v)
 
     x = _embed(weights, config, token.reshape(b * k_, 1))
-    x, cache = jax.lax.scan(step, x, (weights.layers, prefix.k, prefix.v, *cache))
-    return rms_norm(x, weights.final_norm, config.norm_eps).reshape(b, k_, config.model), cache
+    x, now = jax.lax.scan(step, x, (weights.layers, prefix.k, prefix.v, *cache))
+
+    # After the scan, so that a loop around this function updates one slot in place and copies no cache.
+    def put(cached: Array, new: Array) -> Array:
+        new = new.reshape(config.layers, b, k_, config.kv_heads, 1, config.head_dim).swapaxes(2, 3)
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=4)
+
+    hidden = rms_norm(x, weights.final_norm, config.norm_eps).reshape(b, k_, config.model)
+    return hidden, (put(cache[0], now[0]), put(cache[1], now[1]))
 
 
 def empty_cache(config: DecoderConfig, prefix: Prefix, candidates: int, slots: int) -> tuple[Array, Array]:
-    """A cache for `slots` branch tokens of `candidates` branches of each prompt: two of [N, B * K, G, S, H]."""
+    """A cache for `slots` branch tokens of `candidates` branches of each prompt: two of [N, B, G, K, S, H]."""
     n, b, g, _, h = prefix.k.shape
-    zeros = jnp.zeros((n, b * candidates, g, slots, h), prefix.k.dtype)
+    zeros = jnp.zeros((n, b, g, candidates, slots, h), prefix.k.dtype)
     return zeros, zeros
 
 

@@ -15,22 +15,19 @@ def positives(batch: ProcessBatch) -> Array:
     return batch.candidate_mask & (batch.reward > POSITIVE)
 
 
-def negatives(batch: ProcessBatch) -> Array:
-    """Candidates [B, K] bad enough to avoid."""
-    return batch.candidate_mask & (batch.reward < NEGATIVE)
-
-
-def threshold_pairs(batch: ProcessBatch) -> Array:
-    """bool [B, K, K]: i positive and j negative (RAG-Gym's pos x neg product)."""
-    return positives(batch)[:, :, None] & negatives(batch)[:, None, :]
-
-
-def ordered_pairs(batch: ProcessBatch) -> Array:
-    """bool [B, K, K]: i has a strictly higher reward than j; keeps what the ranking says of the middle."""
-    real = batch.candidate_mask[:, :, None] & batch.candidate_mask[:, None, :]
-    return real & (batch.reward[:, :, None] > batch.reward[:, None, :])
+def threshold_pairs(batch: ProcessBatch, below: float = NEGATIVE) -> Array:
+    """bool [B, K, K]: i positive and j of reward < `below` (RAG-Gym's pos x neg product)."""
+    negative = batch.candidate_mask & (batch.reward < below)
+    return positives(batch)[:, :, None] & negative[:, None, :]
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
     """Mean over the True entries; 0 when there are none. Masked values may be anything, NaN included."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def state_mean(values: Array, pairs: Array) -> Array:
+    """Mean over states of each state's mean [B, K, K] over its pairs: a state counts once, however many it has."""
+    count = jnp.sum(pairs, axis=(1, 2))
+    mean = jnp.sum(jnp.where(pairs, values, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
+    return masked_mean(mean, count > 0)

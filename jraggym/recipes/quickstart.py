@@ -28,7 +28,8 @@ from jraggym.episodes import Rules
 from jraggym.errors import InputError
 from jraggym.labelling import support_judge
 from jraggym.models.critic import Critic, critic_specs
-from jraggym.models.decoder import Decoder, DecoderConfig, init, look_back, specs
+from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
+from jraggym.models.induction import with_induction_head
 from jraggym.objectives.critic import critic_loss
 from jraggym.objectives.dpo import dpo_loss
 from jraggym.objectives.forward import candidate_scores, token_logprobs
@@ -94,7 +95,7 @@ def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
 
 def warm_start(shop: Workshop) -> Decoder:
     """SFT from scratch on imperfect demonstrations, whole episodes at a time."""
-    weights = look_back(init(specs(shop.config), shop.key("actor")), shop.config)
+    weights = with_induction_head(init(specs(shop.config), shop.key("actor")), shop.config)
     data = demonstrations(shop, shop.settings.short_first)
     return shop.fit("warm start", weights, Run(imitation(shop.config), shop.settings.warm_start, data))
 
@@ -167,11 +168,12 @@ def preference(config: DecoderConfig, beta: float, nll: float):
     return objective
 
 
-def ranking(config: DecoderConfig):
-    """The critic's objective."""
+def ranking(config: DecoderConfig, below: float, pointwise: float):
+    """The critic's objective; no centring, since the scores hold log-probabilities."""
 
     def objective(weights: Critic, batch: ProcessBatch, frozen: None):
-        return critic_loss(candidate_scores(weights, config, batch), batch)
+        score = candidate_scores(weights, config, batch)
+        return critic_loss(score, batch, below=below, centre=0.0, pointwise=pointwise)
 
     return objective
 
@@ -206,17 +208,13 @@ def collector(shop: Workshop) -> Rollout:
 
 
 def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool = False):
-    """Batches of states with candidates through grain.
-
-    As in the paper, only states of episodes with outcome F1 > 0.75 count (all, if no episode got there); of
-    these, those with a preference.
+    """Batches of the states with a preference, through grain.
 
     `shuffle` deals each state's rewards anew among its distinct candidates: the control.
     """
     settings = shop.settings
     records = list(records)
-    rows = [_row(shop, r) for r in records if r.f1 > 0.75] or [_row(shop, r) for r in records]
-    useful = [row for row in rows if row is not None]
+    useful = [row for record in records if (row := _row(shop, record)) is not None]
     if shuffle:
         useful = [_dealt(row, f"{settings.seed}/{number}") for number, row in enumerate(useful)]
     if not useful:
@@ -230,6 +228,12 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
         return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.candidates)
 
     return batches(useful, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
+
+
+def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
+    """The states of episodes with outcome F1 > 0.75, from which RAG-Gym's actors learn; all if there is none."""
+    records = list(records)
+    return [record for record in records if record.f1 > 0.75] or records
 
 
 def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
@@ -258,6 +262,6 @@ def train_critic(
     shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False
 ) -> Critic:
     """A critic that starts from the actor's trunk."""
-    start = dataclasses.replace(init(critic_specs(shop.config), shop.key("critic")), trunk=actor)
-    run = Run(ranking(shop.config), shop.settings.critic, labelled(shop, records, shuffle=shuffle))
-    return shop.fit(name, start, run)
+    start = dataclasses.replace(init(critic_specs(shop.config, likelihood=True), shop.key("critic")), trunk=actor)
+    objective = ranking(shop.config, shop.settings.below, shop.settings.pointwise)
+    return shop.fit(name, start, Run(objective, shop.settings.critic, labelled(shop, records, shuffle=shuffle)))

@@ -11,8 +11,8 @@ from typing import Any
 from jraggym.data.plan import oracle
 from jraggym.episodes import Retriever, Rules
 from jraggym.evaluation import Row, score
-from jraggym.models.critic import Critic, critic_specs
-from jraggym.models.decoder import Decoder, init
+from jraggym.models.critic import Critic
+from jraggym.models.decoder import Decoder
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.task import Split
 from jraggym.retrieval.hybrid import BrokenRetriever, HybridRetriever
@@ -24,7 +24,7 @@ from jraggym.types import Trajectory
 
 @dataclass(frozen=True)
 class Agent:
-    """One row: who acts and by which rule; `greedy` takes the likeliest action instead of K samples."""
+    """One row: who acts, how its actions are drawn, and by which rule one of them is executed."""
 
     name: str
     group: str
@@ -32,9 +32,10 @@ class Agent:
     actor: Decoder
     critic: Critic | None = None
     select: str = "first"
-    greedy: bool = True
+    draw: str = "greedy"  # or "one sample", or "K samples"
     max_turns: int | None = None
     retriever: Retriever | None = None
+    split: Split | None = None  # other questions than the test split's
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Models:
 
 def agents(shop: Workshop, models: Models) -> list[Agent]:
     """The table, from floor to control."""
-    n = shop.settings.candidates
+    n, many = shop.settings.candidates, "K samples"
     broken = BrokenRetriever(shop.test_retriever, shop.settings.seed)
-    return [
+    table = [
         Agent("closed book", "floor", "the warm start answers at once, without any search", models.warm, max_turns=1),
         Agent("warm start, greedy", "baseline", "SFT on imperfect demonstrations", models.warm),
-        Agent("warm start, sampled", "baseline", "its first sample instead", models.warm, greedy=False),
-        Agent(f"warm start, majority of {n}", "baseline", "most frequent action", models.warm, None, "majority", False),
+        Agent("warm start, sampled", "baseline", "one sample instead", models.warm, draw="one sample"),
+        Agent(f"warm start, majority of {n}", "baseline", "most frequent action", models.warm, None, "majority", many),
         Agent("SFT on good actions", "trained", "imitates the positively labelled candidates", models.imitation),
         Agent("DPO", "trained", "positive against negative candidates of a state", models.dpo),
         Agent(
@@ -68,10 +69,10 @@ def agents(shop: Workshop, models: Models) -> list[Agent]:
             models.warm,
             models.critic,
             "score",
-            False,
+            many,
         ),
-        Agent(f"DPO + critic best of {n}", "trained", "Re2Search++'s shape", models.dpo, models.critic, "score", False),
-        Agent(f"DPO, majority of {n}", "baseline", "most frequent action", models.dpo, None, "majority", False),
+        Agent(f"DPO + critic best of {n}", "trained", "Re2Search++'s shape", models.dpo, models.critic, "score", many),
+        Agent(f"DPO, majority of {n}", "baseline", "most frequent action", models.dpo, None, "majority", many),
         Agent(
             "warm start trained longer",
             "control",
@@ -86,61 +87,66 @@ def agents(shop: Workshop, models: Models) -> list[Agent]:
             models.warm,
             models.critic_shuffled,
             "score",
-            False,
+            many,
         ),
-        Agent(
-            f"warm start + random best of {n}", "control", "a random score picks", models.warm, None, "random", False
-        ),
+        Agent(f"warm start + random best of {n}", "control", "a random score picks", models.warm, None, "random", many),
         Agent("DPO, broken retriever", "control", "searches bring random documents", models.dpo, retriever=broken),
     ]
+    if (dealt := shop.task.permuted) is not None:
+        note = "chains of relations in a world of the same names with all values dealt anew"
+        over = HybridRetriever(dealt.corpus, shop.test_retriever.encoder, k=shop.settings.documents)
+        table.append(Agent("DPO, permuted values", "control", note, models.dpo, retriever=over, split=dealt))
+    return table
 
 
 class Evaluator:
-    """Runs agents on one split; two compiled programs (greedy, and K samples with a critic) serve all rows."""
+    """Runs agents on one split; a compiled program for each way to draw, and one with a critic, serve all rows."""
 
     def __init__(self, shop: Workshop, split: Split, retriever: HybridRetriever):
         settings = shop.settings
         self._shop, self._split, self._retriever = shop, split, retriever
         self._rules = Rules(settings.max_turns, seed=settings.seed)
-        sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
-        greedy = Sampling(1, settings.max_action, 0.0)
+        draws = {
+            "greedy": Sampling(1, settings.max_action, 0.0),
+            "one sample": Sampling(1, settings.max_action, settings.test_temperature),
+            "K samples": Sampling(settings.candidates, settings.max_action, settings.test_temperature),
+        }
         self._rollouts = {
             name: Rollout(shop.config, shop.codec, retriever, how, self._rules, batch=settings.episodes)
-            for name, how in (("greedy", greedy), ("sampled", sampling))
+            for name, how in draws.items()
         }
-        self._no_critic = init(critic_specs(shop.config), shop.key("no critic"))
 
     def run(self, agent: Agent, report: Callable[[int], None] | None = None) -> list[Trajectory]:
-        """The agent's episodes on all questions of the split, in order."""
+        """The agent's episodes on all questions, in order."""
         turns = agent.max_turns or self._rules.max_turns
         rules = dataclasses.replace(self._rules, select=agent.select, max_turns=turns)
-        rollout = self._rollouts["greedy" if agent.greedy else "sampled"]
-        critic = None if agent.greedy else agent.critic or self._no_critic
-        policy = Policy(self._shop.config, agent.actor, critic)
+        rollout = self._rollouts[agent.draw]
+        policy = Policy(self._shop.config, agent.actor, agent.critic)
         found = []
-        for trajectory in rollout.run(
-            policy, self._split.examples, self._shop.key("test"), rules=rules, retriever=agent.retriever
-        ):
+        examples = (agent.split or self._split).examples
+        for trajectory in rollout.run(policy, examples, self._shop.key("test"), rules=rules, retriever=agent.retriever):
             found.append(trajectory)
             if report is not None:
                 report(len(found))
         return found
 
-    def oracle(self) -> list[Trajectory]:
+    def oracle(self) -> Row:
         """The ceiling: the plan's searches with the real retriever, and the gold answer if all was found."""
         examples, plans = self._split.examples, self._split.plans
         budgets = [self._rules.max_turns] * len(examples)
-        return run_script(
+        found = run_script(
             examples, lambda i, state: oracle(examples[i], plans[examples[i].id], state), self._retriever, budgets
         )
+        note = "the plan's searches, then the gold answer if its documents were found"
+        return score("oracle", "ceiling", note, examples, found, self._count)
 
-    def score(self, name: str, group: str, note: str, trajectories: Sequence[Trajectory]) -> Row:
-        """The row of finished trajectories."""
+    def score(self, agent: Agent, trajectories: Sequence[Trajectory]) -> Row:
+        """The agent's row of the table."""
+        examples = (agent.split or self._split).examples
+        return score(agent.name, agent.group, agent.note, examples, trajectories, self._count)
 
-        def count(texts: Sequence[str]) -> int:
-            return sum(map(len, self._shop.tokenizer.encode(texts)))
-
-        return score(name, group, note, self._split.examples, trajectories, count)
+    def _count(self, texts: Sequence[str]) -> int:
+        return sum(map(len, self._shop.tokenizer.encode(texts)))
 
 
 def sample_for_report(

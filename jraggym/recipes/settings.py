@@ -22,25 +22,28 @@ class Settings:
     test: int = 400
     vocab: int = 1_024
     max_turns: int = 5
-    documents: int = 2  # per search
+    documents: int = 1  # per search
     vector: int = 512  # width of the TF-IDF vectors
-    max_prompt: int = 256  # P
-    max_action: int = 24  # A
+    max_prompt: int = 160  # P
+    max_action: int = 16  # A
     candidates: int = 8  # K
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the collection
+    test_temperature: float = 0.7
     closed_book: float = 0.04  # share of demonstrations that answer without any search
     faults: Faults = field(default_factory=Faults)
     model: DecoderConfig = field(default_factory=DecoderConfig)
-    edges: tuple[tuple[int, int], ...] = ((32, 64), (32, 112), (32, 256))  # (P, A) of whole-episode batches
+    edges: tuple[tuple[int, int], ...] = ((32, 64), (32, 112), (32, 192))  # (P, A) of whole-episode batches
     tokens: int = 3_072  # per whole-episode batch
     states: int = 12  # per batch of labelled candidates
-    episodes: int = 64  # per batch of a rollout
-    short_first: int = 120
-    warm_start: Optimization = field(default_factory=lambda: Optimization(500, rate=6e-3, warmup=20))
+    episodes: int = 80  # per batch of a rollout
+    short_first: int = 80
+    warm_start: Optimization = field(default_factory=lambda: Optimization(600, rate=6e-3, warmup=20))
     actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
-    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=4e-3, rate=1e-3, warmup=10))
-    beta: float = 0.1
-    nll: float = 0.5
+    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=0.0, rate=1e-3, warmup=10))
+    beta: float = 0.1  # DPO
+    nll: float = 0.5  # DPO
+    below: float = 0.75  # critic: rewards under this are worse than a good one's
+    pointwise: float = 0.5  # critic
 
     def smoke(self) -> Settings:
         """A few steps of everything."""

@@ -32,8 +32,9 @@ from jraggym.models.decoder import (
     specs,
     unembedding,
 )
+from jraggym.models.likelihood import chunked_logprobs
 from jraggym.objectives.dpo import dpo_loss
-from jraggym.objectives.forward import chunked_logprobs, token_logprobs
+from jraggym.objectives.forward import token_logprobs
 from jraggym.training import Metrics, init_state, make_step
 
 BETA = 0.1

@@ -187,9 +187,8 @@ def _phrase(query: _Query, facts: dict[tuple[str, str], str]) -> tuple[Example, 
     question = rng.choice(QUESTIONS).format(wh=wh, chain=phrase)
     example = Example(query.id, question, (entity,), query.kind, tuple(dict.fromkeys(support)))
     thoughts = tuple(f"{name} {value}" for name, value in zip(query.chain, bridges, strict=True))
-    return example, Plan(
-        tuple(queries), thoughts, tuple(bridges), tuple(detours), entity, query.chain[-1] if len(query.chain) > 1 else "1-hop"
-    )
+    group = query.chain[-1] if len(query.chain) > 1 else "1-hop"
+    return example, Plan(tuple(queries), thoughts, tuple(bridges), tuple(detours), entity, group)
 
 
 def _phrase_pair(query: _Query, facts: dict[tuple[str, str], str], rng: random.Random) -> tuple[Example, Plan]:
