@@ -25,6 +25,7 @@ PRESETS = {
         episodes=16,
         max_action=32,
         candidates=4,
+        contrasts=3,
         states=4,
         tokens=4_096,
         edges=((128, 512), (128, 1_536)),
@@ -33,6 +34,6 @@ PRESETS = {
         model=DecoderConfig(vocab=4_096),
         warm_start=Optimization(60, rate=6e-3, warmup=10),
         actor=Optimization(10, matrix_rate=0.0, rate=5e-4, warmup=2),
-        critic=Optimization(10, matrix_rate=4e-3, rate=1e-3, warmup=2),
+        critic=Optimization(10, matrix_rate=0.0, rate=1e-3, warmup=2),
     ),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def imitate(shop: Workshop, warm: Decoder, data: BatchSource) -> Decoder:
 
 def optimise_preferences(shop: Workshop, name: str, warm: Decoder, data: BatchSource) -> Decoder:
     """DPO with the warm start as reference."""
-    objective = preference(shop.config, shop.settings.beta, shop.settings.nll)
+    objective = preference(shop.config, shop.settings)
     return shop.fit(name, warm, Run(objective, shop.settings.actor, data, frozen=warm))
 
 
@@ -158,22 +159,24 @@ def imitation(config: DecoderConfig, share: float = 0.5):
     return objective
 
 
-def preference(config: DecoderConfig, beta: float, nll: float):
+def preference(config: DecoderConfig, settings: Settings):
     """The DPO objective; `frozen` is the reference policy."""
 
     def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder):
         reference = jax.lax.stop_gradient(token_logprobs(frozen, config, batch))
-        return dpo_loss(token_logprobs(weights, config, batch), reference, batch, beta=beta, nll=nll)
+        logprob = token_logprobs(weights, config, batch)
+        how = {"beta": settings.beta, "nll": settings.nll, "below": settings.below}
+        return dpo_loss(logprob, reference, batch, **how)
 
     return objective
 
 
-def ranking(config: DecoderConfig, below: float, pointwise: float):
+def ranking(config: DecoderConfig, settings: Settings):
     """The critic's objective; no centring, since the scores hold log-probabilities."""
 
     def objective(weights: Critic, batch: ProcessBatch, frozen: None):
         score = candidate_scores(weights, config, batch)
-        return critic_loss(score, batch, below=below, centre=0.0, pointwise=pointwise)
+        return critic_loss(score, batch, below=settings.below, centre=0.0, pointwise=settings.pointwise)
 
     return objective
 
@@ -225,7 +228,7 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
         )
 
     def to_batch(chosen):
-        return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.candidates)
+        return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.contrasts)
 
     return batches(useful, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
 
@@ -237,15 +240,19 @@ def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
 
 
 def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
-    """The record's distinct candidates, or None unless there is a good one and another to tell it from."""
+    """The record's distinct candidates, good and frequent ones first, or None unless good and worse are among them."""
     # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
     ids = shop.tokenizer.encode([c.text for c in record.candidates])
     fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
-    if not fitting:
+    labels = {c.text: c.reward for c in fitting if c.reward is not None}
+    often = [text for text, _ in Counter(c.text for c in fitting).most_common() if text in labels]
+    good = [text for text in often if labels[text] > POSITIVE]
+    worse = [text for text in often if labels[text] <= POSITIVE]
+    if not good or not worse:
         return None
-    row = shop.codec.row(record.state, [c.text for c in fitting], [c.reward for c in fitting])
-    rewards = {r for r, counts in zip(row.rewards, row.distinct, strict=True) if counts}
-    return row if len(rewards) > 1 and max(rewards) > POSITIVE else None
+    good = good[: shop.settings.contrasts - 1]
+    texts = good + worse[: shop.settings.contrasts - len(good)]
+    return shop.codec.row(record.state, texts, [labels[text] for text in texts])
 
 
 def _dealt(row: Row, seed: str) -> Row:
@@ -263,5 +270,5 @@ def train_critic(
 ) -> Critic:
     """A critic that starts from the actor's trunk."""
     start = dataclasses.replace(init(critic_specs(shop.config, likelihood=True), shop.key("critic")), trunk=actor)
-    objective = ranking(shop.config, shop.settings.below, shop.settings.pointwise)
+    objective = ranking(shop.config, shop.settings)
     return shop.fit(name, start, Run(objective, shop.settings.critic, labelled(shop, records, shuffle=shuffle)))

@@ -39,10 +39,11 @@ class Settings:
     short_first: int = 80
     warm_start: Optimization = field(default_factory=lambda: Optimization(600, rate=6e-3, warmup=20))
     actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
-    critic: Optimization = field(default_factory=lambda: Optimization(120, matrix_rate=0.0, rate=1e-3, warmup=10))
+    critic: Optimization = field(default_factory=lambda: Optimization(200, matrix_rate=0.0, rate=1e-3, warmup=10))
+    contrasts: int = 4  # K of a training batch: distinct candidates of a state
+    below: float = 0.75  # rewards under this make a candidate a worse one; the rule-based judge's second rank is sure
     beta: float = 0.1  # DPO
-    nll: float = 0.5  # DPO
-    below: float = 0.75  # critic: rewards under this are worse than a good one's
+    nll: float = 1.0  # DPO
     pointwise: float = 0.5  # critic
 
     def smoke(self) -> Settings:

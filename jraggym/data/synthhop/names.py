@@ -26,7 +26,7 @@ SHARES = {"train": 0.8, "development": 0.1, "test": 0.1}
 def words(split: str) -> tuple[str, ...]:
     """The words of one split; the same for every seed, and disjoint between splits."""
     everything = [onset + rime + ending for onset in ONSETS for rime in RIMES for ending in ENDINGS]
-    random.Random("synthhop words").shuffle(everything)
+    random.Random("synthhop words of the three worlds").shuffle(everything)
     start = 0
     for name, share in SHARES.items():
         stop = start + round(share * len(everything))
