@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from array_samples import TIED, UNTIED, copied_scores, random_batch, random_critic, worst_difference
 
-from jraggym.objectives.forward import candidate_scores
+from jraggym.objectives.forward import candidate_scores, token_logprobs
 
 scores = jax.jit(candidate_scores, static_argnums=1)
 
@@ -56,3 +56,11 @@ def test_an_empty_action_is_scored_by_the_last_prompt_token():
     found = np.asarray(scores(weights, TIED, empty))
     assert worst_difference(found, copied_scores(weights, TIED, empty)) < 1e-5
     assert np.ptp(found, axis=1).max() < 1e-6, "all candidates are the same empty action"
+
+
+def test_the_likelihood_term_counts_the_log_probability_of_all_action_tokens():
+    weights, batch = random_critic(), random_batch()
+    whole = batch.replace(loss_mask=batch.action_mask)
+    logprob = token_logprobs(weights.trunk, TIED, whole).sum(-1)
+    expected = scores(weights, TIED, batch) + 0.7 * logprob
+    assert worst_difference(expected, scores(weights.replace(likelihood=jnp.float32(0.7)), TIED, batch)) < 1e-5

@@ -64,10 +64,10 @@ def plain_losses(logprob, reference, score, batch):
     gain = jnp.einsum("bka,bka->bk", logprob - reference, np.float32(batch.loss_mask))
     dpo = jnp.log1p(jnp.exp(-BETA * (gain[chosen] - gain[rejected]))).mean()
 
-    ranked = [(x, y) for x, y in neighbours if batch.reward[x] > batch.reward[y]]
-    better, worse = (tuple(np.transpose(side)) for side in zip(*ranked, strict=True))
-    centring = (score[better] + score[worse]) ** 2
-    critic = (jnp.log1p(jnp.exp(score[worse] - score[better])) + CENTRE * centring).mean()
+    centring = (score[chosen] + score[rejected]) ** 2
+    terms = jnp.log1p(jnp.exp(score[rejected] - score[chosen])) + CENTRE * centring
+    states = sorted({x[0] for x, _ in judged})
+    critic = sum(terms[chosen[0] == state].mean() for state in states) / len(states)
     return jnp.stack([sft, dpo + NLL * sft, critic])
 
 

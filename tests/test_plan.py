@@ -15,7 +15,7 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Answer, Document, Example, Malformed, Search, State, Turn
 
 MAX_TURNS = 5
-PLAN = Plan(("a r", "b s"), ("r b", "s c"), ("b", "c"), "c", "r/s")
+PLAN = Plan(("a r", "b s"), ("r b", "s c"), ("b", "c"), (("zed",), ("yon",)), "c", "s")
 EXAMPLE = Example("e", "What is the s of the r of a?", ("c",), "2-hop", ("A", "B"))
 A, B, OTHER = Document("A", "a", "r b"), Document("B", "b", "s c"), Document("Z", "zed", "unrelated")
 # every group is prone to the fault, and commits it whenever it can
@@ -159,7 +159,7 @@ def test_progress_counts_the_plan_in_order():
 
 
 def test_a_search_that_comes_twice_in_a_plan_is_made_once():
-    plan = Plan(("a r", "b s", "a r"), ("r b", "s a", "r b"), ("b", "a", "b"), "b", "r/s/r")
+    plan = Plan(("a r", "b s", "a r"), ("r b", "s a", "r b"), ("b", "a", "b"), ((), (), ()), "b", "r")
     assert progress(plan, state_after(("a r", ()))) == 1
     assert act(state_after(("a r", ()), ("b s", ())), plan=plan) == Answer("b")
 
@@ -180,10 +180,12 @@ def test_redundant_once():
     assert act(state_after(("a r", (A,)), ("a r", (A,))), ALWAYS["redundant"]) == Search("b s")
 
 
-def test_astray_asks_for_a_document_that_the_plan_does_not_need():
-    assert act(state_after(("a r", (A, OTHER))), ALWAYS["astray"]) == Search("zed")
-    assert act(state_after(("a r", (A, B))), ALWAYS["astray"]) == Search("b s"), "nothing there leads astray"
-    assert act(state_after(("a r", ())), ALWAYS["astray"]) == Search("b s")
+def test_astray_asks_for_somebody_else_on_the_page():
+    found = act(state_after(("a r", (A,))), ALWAYS["astray"])
+    assert (found, found.thought) == (Search("zed"), "r b")
+    assert act(state_after(("a r", (A,)), ("zed", (OTHER,))), ALWAYS["astray"]) == Search("zed")
+    nobody = dataclasses.replace(PLAN, detours=((), ()))
+    assert act(state_after(("a r", (A,))), ALWAYS["astray"], plan=nobody) == Search("b s")
 
 
 def test_no_fault_once_everything_is_found():

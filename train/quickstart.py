@@ -43,7 +43,7 @@ from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
 from jraggym.retrieval.encoder import TfidfEncoder, embed
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Trajectory, to_json, trajectory_from_json
-from train.results import Console, gather, show
+from train.results import Console, gather, scores, show
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def run(arguments: Arguments) -> None:
     rows, runs = _evaluate(shop, models, console)
     results = gather(shop, console, rows, runs, records)
     _write(arguments.out / "results.json", json.dumps(results, indent=1))
+    _write(arguments.out / "scores.json", json.dumps(scores(rows, settings)))
     write_report(results, arguments.out / "report.html")
     show(results, arguments.out)
 

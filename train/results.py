@@ -57,27 +57,39 @@ class Console:
         self._bar = None
 
 
-def comparisons(rows: Mapping[str, Row], settings: Settings) -> list[dict[str, Any]]:
-    """The claims, written before the run: what has to beat what, and by how much."""
-    n = settings.candidates
-    critic, both = f"warm start + critic best of {n}", f"DPO + critic best of {n}"
-    claims = [
+def claims(candidates: int) -> list[tuple[str, str, float]]:
+    """What has to beat what, and by how much EM at least; written before the run."""
+    critic, both = f"warm start + critic best of {candidates}", f"DPO + critic best of {candidates}"
+    return [
         ("DPO", "warm start, greedy", 0.15),
         ("DPO", "warm start trained longer", 0.0),
         ("DPO", "DPO, shuffled rewards", 0.0),
         ("SFT on good actions", "warm start, greedy", 0.0),
         (critic, "warm start, greedy", 0.10),
-        (critic, f"warm start, majority of {n}", 0.10),
-        (critic, f"warm start + shuffled critic best of {n}", 0.0),
-        (critic, f"warm start + random best of {n}", 0.0),
+        (critic, f"warm start, majority of {candidates}", 0.10),
+        (critic, f"warm start + shuffled critic best of {candidates}", 0.0),
+        (critic, f"warm start + random best of {candidates}", 0.0),
         (both, "DPO", 0.03),
-        (both, f"DPO, majority of {n}", 0.0),
+        (both, f"DPO, majority of {candidates}", 0.0),
         ("DPO", "DPO, broken retriever", 0.0),
     ]
+
+
+def comparisons(rows: Mapping[str, Row], settings: Settings) -> list[dict[str, Any]]:
+    """The claims with their paired differences on the rows."""
     return [
         compare(f"{a} - {b}", f"at least {least:+.2f} EM, interval above 0", rows[a], rows[b], least, settings.seed)
-        for a, b, least in claims
+        for a, b, least in claims(settings.candidates)
     ]
+
+
+def scores(rows: Mapping[str, Row], settings: Settings) -> dict[str, Any]:
+    """The contents of scores.json: EM of every question, and the claims (eval/pooled.py pools runs)."""
+    return {
+        "seed": settings.seed,
+        "em": {name: row.em.tolist() for name, row in rows.items()},
+        "claims": [list(claim) for claim in claims(settings.candidates)],
+    }
 
 
 def gather(

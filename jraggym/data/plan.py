@@ -100,8 +100,8 @@ def plan_by_titles(example: Example) -> Plan:
     named = [title for title in example.support if _bare(title).lower() in example.question.lower()]
     titles = tuple(map(_bare, named + [title for title in example.support if title not in named]))
     later = (*titles[1:], example.answers[0])
-    wrong = tuple((title,) if title not in titles else () for title in later)
-    return Plan(titles, titles, later, wrong, example.answers[0], f"{example.kind}/{len(titles)}/{len(named)}")
+    nobody = ((),) * len(titles)
+    return Plan(titles, titles, later, nobody, example.answers[0], f"{example.kind}/{len(titles)}/{len(named)}")
 
 
 def _bare(title: str) -> str:
