@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jraggym.metrics import exact_match
+from jraggym.metrics import exact_match, hotpot_f1
 from jraggym.types import Action, Answer, Document, Example, Malformed, Search, State
 
 Grade = tuple[float, ...]  # compared element by element; higher is better
@@ -28,23 +28,32 @@ def rank_rewards(grades: Sequence[Grade], absent: int = 0) -> list[float]:
     return [1.0 / (1 + absent + sum(other > grade for other in grades)) for grade in grades]
 
 
-def support_judge(example: Example, state: State, actions: Sequence[Action], found: Sequence[Found]) -> list[float]:
+def support_judge(
+    example: Example,
+    state: State,
+    actions: Sequence[Action],
+    found: Sequence[Found],
+    queries: Sequence[str] = (),
+) -> list[float]:
     """Process rewards of the candidates at `state`; `found` holds the documents that each search brings.
 
+    `queries` are what an expert would ask, if that is known: of two searches that bring the same, the one whose words
+    are closer to one of these is the more precise.
     A state always has a good action: a search for what is missing, or the right answer. Where no candidate is one,
     it counts as absent: the best of a bad lot gets 1/2, and no objective takes it for an example to follow.
     """
-    grades = [grade(example, state, a, d) for a, d in zip(actions, found, strict=True)]
+    grades = [grade(example, state, a, d, queries) for a, d in zip(actions, found, strict=True)]
     return rank_rewards(grades, absent=int(max(g[0] for g in grades) < USEFUL))
 
 
-def grade(example: Example, state: State, action: Action, found: Found) -> Grade:
+def grade(example: Example, state: State, action: Action, found: Found, queries: Sequence[str] = ()) -> Grade:
     """How good an action is by sufficiency, utility and redundancy.
 
     Sufficiency: once all supporting documents are read, the right answer is best and a further search is a
     waste; before, any answer is premature. Utility: a search is useful if it brings supporting documents that
-    are still missing, the more and the higher up the better. Redundancy: asking the same again, or bringing
-    nothing new, is worse than an unlucky try. A search on the last turn is not carried out and comes too late.
+    are still missing, the more, the higher up and the more precisely asked for the better. Redundancy: asking
+    the same again, or bringing nothing new, is worse than an unlucky try. A search on the last turn is not
+    carried out and comes too late.
     """
     seen = {document.id for turn in state.turns for document in turn.documents}
     missing = [i for i in example.support if i not in seen]
@@ -57,13 +66,15 @@ def grade(example: Example, state: State, action: Action, found: Found) -> Grade
         return (SUFFICIENT,) if right else (WRONG,)
     if found is None:
         return (TOO_LATE,)
-    return _grade_search(state, action, [d.id for d in found], seen, set(missing))
-
-
-def _grade_search(state: State, action: Search, found: list[str], seen: set[str], missing: set[str]) -> Grade:
-    gained = [place for place, i in enumerate(found) if i in missing]
+    ids = [document.id for document in found]
+    gained = [place for place, i in enumerate(ids) if i in missing]
     if gained:
-        return (USEFUL, len(gained), -gained[0])
+        precision = hotpot_f1(action.query, queries) if queries else 0.0
+        return (USEFUL, len(gained), -gained[0], precision)
+    return _grade_useless(state, action, ids, seen)
+
+
+def _grade_useless(state: State, action: Search, found: list[str], seen: set[str]) -> Grade:
     repeated = any(turn.action == action for turn in state.turns)
     if repeated or all(i in seen for i in found):
         return (REDUNDANT,)

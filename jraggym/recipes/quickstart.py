@@ -27,7 +27,6 @@ from jraggym.data.plan import demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
-from jraggym.labelling import support_judge
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
@@ -206,7 +205,7 @@ def collector(shop: Workshop) -> Rollout:
     """The rollout of both collections: the judge ranks K samples and the best is executed."""
     settings = shop.settings
     sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
-    rules = Rules(settings.max_turns, "reward", support_judge, seed=settings.seed)
+    rules = Rules(settings.max_turns, "reward", shop.task.judge, seed=settings.seed)
     return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
 
 

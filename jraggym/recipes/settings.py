@@ -17,14 +17,14 @@ class Settings:
 
     seed: int = 0
     demonstrations: int = 16_000
-    collected: int = 640  # questions, in each of the two rounds
+    collected: int = 560  # questions, in each of the two rounds
     development: int = 200
     test: int = 400
     vocab: int = 1_024
     max_turns: int = 5
     documents: int = 1  # per search
     vector: int = 512  # width of the TF-IDF vectors
-    max_prompt: int = 160  # P
+    max_prompt: int = 144  # P
     max_action: int = 16  # A
     candidates: int = 8  # K
     temperature: float = 1.0  # of the collection
@@ -37,9 +37,9 @@ class Settings:
     states: int = 12  # per batch of labelled candidates
     episodes: int = 80  # per batch of a rollout
     short_first: int = 80
-    warm_start: Optimization = field(default_factory=lambda: Optimization(600, rate=6e-3, warmup=20))
+    warm_start: Optimization = field(default_factory=lambda: Optimization(560, rate=6e-3, warmup=20))
     actor: Optimization = field(default_factory=lambda: Optimization(80, matrix_rate=0.0, rate=5e-4, warmup=10))
-    critic: Optimization = field(default_factory=lambda: Optimization(200, matrix_rate=0.0, rate=1e-3, warmup=10))
+    critic: Optimization = field(default_factory=lambda: Optimization(160, matrix_rate=0.0, rate=1e-3, warmup=10))
     contrasts: int = 4  # K of a training batch: distinct candidates of a state
     below: float = 0.75  # rewards under this make a candidate a worse one; the rule-based judge's second rank is sure
     beta: float = 0.1  # DPO

@@ -10,8 +10,9 @@ from jraggym.data.hotpotqa import QuestionSet, read_official
 from jraggym.data.plan import Plan, plan_by_titles
 from jraggym.data.synthhop import make_world
 from jraggym.errors import InputError
+from jraggym.labelling import Found, Judge, support_judge
 from jraggym.retrieval.corpus import Corpus
-from jraggym.types import Example
+from jraggym.types import Action, Example, State
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Three splits, of which tuning never sees the test one; `permuted` is a control with values dealt anew."""
+    """Three splits, of which tuning never sees the test one, and the judge of the training one.
+
+    `permuted` is a control with values dealt anew.
+    """
 
     name: str
     train: Split
     development: Split
     test: Split
     permuted: Split | None = None
+    judge: Judge = support_judge
 
 
 def synthhop_task(seed: int, *, train: int, development: int, test: int) -> Task:
@@ -41,7 +46,17 @@ def synthhop_task(seed: int, *, train: int, development: int, test: int) -> Task
         for split, number in (("train", train), ("development", development), ("test", test))
     }
     splits = {name: _world_split(world) for name, world in worlds.items()}
-    return Task("synthhop", **splits, permuted=_world_split(worlds["test"].permuted(seed)))
+    permuted = _world_split(worlds["test"].permuted(seed))
+    return Task("synthhop", **splits, permuted=permuted, judge=informed_judge(splits["train"].plans))
+
+
+def informed_judge(plans: Mapping[str, Plan]) -> Judge:
+    """The judge that knows from the plans what a precise query is."""
+
+    def judge(example: Example, state: State, actions: Sequence[Action], found: Sequence[Found]) -> list[float]:
+        return support_judge(example, state, actions, found, plans[example.id].queries)
+
+    return judge
 
 
 def _world_split(world) -> Split:
