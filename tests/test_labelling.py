@@ -184,3 +184,12 @@ def test_a_reward_follows_its_candidate_and_never_the_position(state, candidates
 def test_every_candidate_needs_its_documents():
     with pytest.raises(ValueError, match="zip"):
         support_judge(EXAMPLE, NOTHING, [Search("a"), Search("b")], [()])
+
+
+def test_of_two_searches_that_bring_the_same_the_more_precise_is_better():
+    actions = [Search("alpha founder"), Search("alpha"), Search("alpha mayor"), Search("alpha founder", "a thought")]
+    found = [(A,)] * 4
+    assert support_judge(EXAMPLE, NOTHING, actions, found) == [1.0] * 4, "nothing is known of what to ask"
+    assert support_judge(EXAMPLE, NOTHING, actions, found, ["beta spouse", "alpha founder"]) == [1, 1 / 3, 1 / 4, 1]
+    # what a search brings counts before how it asks
+    assert support_judge(EXAMPLE, NOTHING, actions[:2], [(X,), (A,)], ["alpha founder"]) == [1 / 2, 1]
