@@ -79,7 +79,7 @@ def _group(y: Array, sets: int, groups: int) -> Array:
     """[X, Q, T, ...] -> [Y, G, (X/Y) * (Q/G) * T, ...]: all rows that share a key set, side by side."""
     x, heads, t, w = y.shape
     y = y.reshape(sets, x // sets, groups, heads // groups, t, w)
-    return y.transpose(0, 2, 1, 3, 4, 5).reshape(sets, groups, -1, w)
+    return y.transpose(0, 2, 1, 3, 4, 5).reshape(sets, groups, (x // sets) * (heads // groups) * t, w)
 
 
 def _ungroup(y: Array, shape: tuple[int, ...]) -> Array:
