@@ -1,8 +1,7 @@
 """An induction head to start from: "... A B ... A" -> "B", by which a from-scratch actor copies names that it reads.
 
 Such a head takes two layers (arXiv 2209.11895): the first writes each token's predecessor beside it, the second looks
-for the place whose predecessor is the present token, and copies the token there. A small model finds it late; starting
-from a rough one, the main job's warm start learns in 400 steps what it otherwise learns in 600.
+for the place whose predecessor is the present token, and copies the token there. A small model finds it late.
 """
 
 from __future__ import annotations
