@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from jax import Array
 
@@ -27,22 +28,29 @@ def collect(
     """Runs the questions in chunks, skipping the chunks that `store` already holds; gives all records in order.
 
     The rollout's rules must have a judge. A chunk is a pure function of (policy, key, questions), so a killed
-    collection that is called again ends with the same records. `report` gets the number of questions done.
+    collection that is called again ends with the same records. Only the end of a chunk leaves rows of the rollout's
+    batch idle: take some batches a chunk. `report` gets the number of questions done, from a callback of the rollout.
     """
     starts = range(0, len(examples), chunk)
     done = store.done()
     for number, start in enumerate(starts):
         part = examples[start : start + chunk]
         if number not in done:
+            found = rollout.run(policy, part, key, report=partial(_report, start, report))
             records = [
                 record
-                for example, trajectory in zip(part, rollout.run(policy, part, key), strict=True)
+                for example, trajectory in zip(part, found, strict=True)
                 for record in records_of(example, trajectory, provenance, rollout.max_turns)
             ]
             store.write(number, [example.id for example in part], records)
         if report is not None:
             report(start + len(part))
     return store.read_all(chunks=len(starts))
+
+
+def _report(start: int, report: Callable[[int], None] | None, done: int) -> None:
+    if report is not None:
+        report(start + done)
 
 
 def records_of(

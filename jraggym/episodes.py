@@ -4,14 +4,19 @@ Each turn has two calls. `act` gets the sampled actions and gives the queries as
 runs on the device, since jax must not be called inside a callback). `observe` gets the query vectors, retrieves,
 lets the judge rank, executes one candidate and gives the next prompts.
 
-Every call names its turn and its rows. The first call for them does the work and later ones get the same result,
-so the replicas of a shard on a model-parallel mesh share one retrieval, whatever their order.
+Each row of the device's batch is a slot: when its episode ends, the next waiting one moves in, so that the device
+never computes for finished episodes while others wait.
+
+Every call names its step of the loop and its rows. The first call for them does the work and later ones get the same
+result, so the replicas of a shard on a model-parallel mesh share one retrieval, whatever their order.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +33,7 @@ from jraggym.types import Action, Candidate, Document, Example, Search, State, S
 
 Documents = tuple[Document, ...]
 Rows = Sequence[int] | np.ndarray
+Prompts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Retriever(Protocol):
@@ -66,34 +72,62 @@ class _Pending:
 
 
 class Episodes:
-    """A batch of episodes; row i runs `examples[i]`. Rows beyond them are padding and closed from the start."""
+    """Episodes on `examples` in `slots` rows; those that find no slot wait for one of a finished episode.
 
-    def __init__(self, examples: Sequence[Example], codec: Codec, retriever: Retriever, rules: Rules):
+    Slots are split over `shards` in order, and so are the waiting episodes, so which one moves in where does not depend
+    on the order in which shards call. Slots beyond the examples are padding and closed from the start.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        codec: Codec,
+        retriever: Retriever,
+        rules: Rules,
+        *,
+        slots: int | None = None,
+        shards: int = 1,
+    ):
         self.examples, self.rules = tuple(examples), rules
         self._codec, self._retriever = codec, retriever
         self._states = [State(example.question) for example in examples]
         self._steps: list[list[Step]] = [[] for _ in examples]
+        size = len(examples) if slots is None else slots
+        self._occupant = [row if row < len(examples) else None for row in range(size)]
+        self._per_shard = max(size // shards, 1)
+        self._waiting = [deque(range(size + shard, len(examples), shards)) for shard in range(shards)]
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._results: dict[tuple[str, int, int], Any] = {}
         self._locks: dict[tuple[str, int, int], threading.Lock] = {}
         self._guard = threading.Lock()  # of _locks
 
-    def prompts(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids int32 [b, P], mask bool [b, P], open bool [b]) of the rows, padded on the left."""
+    @property
+    def finished(self) -> int:
+        """How many episodes have ended."""
+        return sum(state.done for state in self._states)
+
+    def prompts(self, rows: Rows) -> Prompts:
+        """What the device needs to go on with the rows, padded on the left.
+
+        Returns: ids int32 [b, P], mask bool [b, P], open bool [b], name uint32 [b] of the episode (a hash of its
+        example's id) and its turn int32 [b]; with the key these two decide every draw.
+        """
         size = self._codec.max_prompt
         ids, mask = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
-        opened = np.array([self._open(row) for row in rows])
+        opened, name, turn = np.zeros(len(rows), bool), np.zeros(len(rows), np.uint32), np.zeros(len(rows), np.int32)
         mask[:, -1] = True  # a closed row's prompt is one padding token
         for i, row in enumerate(rows):
-            if opened[i]:
-                prompt = self._codec.prompt(self._states[row])
+            if (number := self._open(row)) is not None:
+                prompt = self._codec.prompt(self._states[number])
                 ids[i, size - len(prompt) :] = prompt
                 mask[i, size - len(prompt) :] = True
-        return ids, mask, opened
+                opened[i], turn[i] = True, len(self._steps[number])
+                name[i] = zlib.crc32(self.examples[number].id.encode())
+        return ids, mask, opened, name, turn
 
     def act(
         self,
-        turn: int,
+        step: int,
         rows: Rows,
         tokens: np.ndarray,
         mask: np.ndarray,
@@ -105,30 +139,40 @@ class Episodes:
         Args: tokens, mask [b, K, A]; logprob, score [b, K].
         Returns: rows, query ids int32 [b, M, T] and mask [b, M, T]; M is K with a judge and 1 without.
         """
-        return self._once("act", turn, rows, lambda: self._act(turn, rows, tokens, mask, logprob, score))
+        return self._once("act", step, rows, lambda: self._act(step, rows, tokens, mask, logprob, score))
 
-    def observe(self, turn: int, rows: Rows, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def observe(self, step: int, rows: Rows, vectors: np.ndarray) -> Prompts:
         """Retrieves, labels and executes; vectors f32 [b, M, D]. Returns the next `prompts`."""
-        return self._once("observe", turn, rows, lambda: self._observe(turn, rows, vectors))
+        return self._once("observe", step, rows, lambda: self._observe(step, rows, vectors))
 
     def trajectories(self) -> list[Trajectory]:
         """The episodes, finished or not."""
         rows = zip(self.examples, self._steps, self._states, strict=True)
         return [Trajectory(example.id, tuple(steps), state) for example, steps, state in rows]
 
-    def _once(self, call: str, turn: int, rows: Rows, work: Callable[[], Any]) -> Any:
-        key = (call, int(turn), int(rows[0]))
+    def _once(self, call: str, step: int, rows: Rows, work: Callable[[], Any]) -> Any:
+        key = (call, int(step), int(rows[0]))
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
+            # All devices agree at every step whether to go on, so no replica still asks for the step before the last.
+            for kept in (self._locks, self._results):
+                kept.pop((call, int(step) - 2, int(rows[0])), None)
         with lock:  # one for each shard: none waits for another's retriever
             if key not in self._results:
                 self._results[key] = work()
             return self._results[key]
 
-    def _open(self, row: int) -> bool:
-        return row < len(self.examples) and not self._states[row].done
+    def _open(self, row: int) -> int | None:
+        """The number of the row's episode, if it has one that goes on."""
+        number = self._occupant[row] if row < len(self._occupant) else None
+        return None if number is None or self._states[number].done else number
 
-    def _act(self, turn, rows, tokens, mask, logprob, score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _refill(self, row: int) -> None:
+        waiting = self._waiting[row // self._per_shard]
+        if self._open(row) is None and waiting:
+            self._occupant[row] = waiting.popleft()
+
+    def _act(self, step, rows, tokens, mask, logprob, score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         b, k, a = tokens.shape
         ids = [row[m].tolist() for row, m in zip(tokens.reshape(-1, a), mask.reshape(-1, a), strict=True)]
         texts = self._codec.tokenizer.decode(ids)
@@ -136,43 +180,44 @@ class Episodes:
         slots = k if self.rules.judge else 1
         queries = [""] * (b * slots)
         for i, row in enumerate(rows):
-            opened = self._open(row)
-            group = range(i * k, i * k + k) if opened else ()
+            number = self._open(row)
+            group = () if number is None else range(i * k, i * k + k)
             candidates = [Candidate(texts[j], None, float(score.flat[j]), float(logprob.flat[j])) for j in group]
             actions = [parse_action(candidate.text) for candidate in candidates]
-            chosen = self._select(row, candidates) if opened and not self.rules.judge else -1
-            searches = self._searches(row, actions, chosen) if opened else []
+            chosen = -1 if number is None or self.rules.judge else self._select(number, candidates)
+            searches = [] if number is None else self._searches(number, actions, chosen)
             for slot, query in searches:
                 queries[i * slots + (slot if self.rules.judge else 0)] = query
             for part, item in zip(vars(pending).values(), (candidates, actions, chosen, searches), strict=True):
                 part.append(item)
-        self._pending[int(turn), int(rows[0])] = pending
+        self._pending[int(step), int(rows[0])] = pending
         query_ids, query_mask = self._retriever.tokenize(queries)
         return rows, query_ids.reshape(b, slots, -1), query_mask.reshape(b, slots, -1)
 
-    def _select(self, row: int, candidates: Sequence[Candidate]) -> int:
+    def _select(self, number: int, candidates: Sequence[Candidate]) -> int:
         # The generator depends on the example and the turn alone, not on the batch that the episode runs in.
-        rng = random.Random(f"{self.rules.seed}/{self.examples[row].id}/{len(self._steps[row])}")
+        rng = random.Random(f"{self.rules.seed}/{self.examples[number].id}/{len(self._steps[number])}")
         chosen = candidates[SELECTORS[self.rules.select](candidates, rng)]
         # Equal texts are one action. The first stands for all: their scores differ by rounding, which must not choose.
         return next(i for i, candidate in enumerate(candidates) if candidate.text == chosen.text)
 
-    def _searches(self, row: int, actions: Sequence[Action], chosen: int) -> list[tuple[int, str]]:
-        state, wanted = self._states[row], range(len(actions)) if chosen < 0 else (chosen,)
+    def _searches(self, number: int, actions: Sequence[Action], chosen: int) -> list[tuple[int, str]]:
+        state, wanted = self._states[number], range(len(actions)) if chosen < 0 else (chosen,)
         return [
             (i, action.query)
             for i in wanted
             if isinstance(action := actions[i], Search) and wants_retrieval(state, action, self.rules.max_turns)
         ]
 
-    def _observe(self, turn, rows, vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        pending = self._pending.pop((int(turn), int(rows[0])))
+    def _observe(self, step, rows, vectors) -> Prompts:
+        pending = self._pending.pop((int(step), int(rows[0])))
         found, error = self._retrieve(pending, vectors)
         for i, row in enumerate(rows):
-            if pending.candidates[i]:
+            if (number := self._open(row)) is not None:
                 documents = [found.get((i, j)) for j in range(len(pending.candidates[i]))]
                 failed = error if pending.searches[i] else None
-                self._execute(row, pending.candidates[i], pending.actions[i], pending.chosen[i], documents, failed)
+                self._execute(number, pending.candidates[i], pending.actions[i], pending.chosen[i], documents, failed)
+                self._refill(row)
         return self.prompts(rows)
 
     def _retrieve(self, pending: _Pending, vectors: np.ndarray) -> tuple[dict[tuple[int, int], Documents], str | None]:
@@ -192,14 +237,14 @@ class Episodes:
 
     def _execute(
         self,
-        row: int,
+        number: int,
         candidates: list[Candidate],
         actions: list[Action],
         chosen: int,
         documents: list[Documents | None],
         error: str | None,
     ) -> None:
-        state, example = self._states[row], self.examples[row]
+        state, example = self._states[number], self.examples[number]
         judge = self.rules.judge
         rewards = judge(example, state, actions, documents) if judge and error is None else [None] * len(actions)
         labelled = tuple(
@@ -207,9 +252,9 @@ class Episodes:
             for c, reward, hits in zip(candidates, rewards, documents, strict=True)
         )
         if chosen < 0:
-            chosen = self._select(row, labelled)
+            chosen = self._select(number, labelled)
         action = actions[chosen]
         executed = wants_retrieval(state, action, self.rules.max_turns)
         outcome = (documents[chosen] or (), error) if executed else ((), None)
-        self._steps[row].append(Step(state, labelled, chosen))
-        self._states[row] = transition(state, action, *outcome, max_turns=self.rules.max_turns)
+        self._steps[number].append(Step(state, labelled, chosen))
+        self._states[number] = transition(state, action, *outcome, max_turns=self.rules.max_turns)

@@ -1,6 +1,6 @@
 """Rollouts: one jitted program that runs whole episodes, with retrieval in host callbacks.
 
-while any episode is open:
+while any episode is open:                                       (a finished one's row takes the next episode)
     sample K actions of each prompt  ->  score them (critic)           on the device
     parse, say what to retrieve                                        host callback 1: Episodes.act
     embed the queries                                                  on the device
@@ -11,8 +11,7 @@ On a mesh the rows are split over its "data" axis, and each of its shards calls 
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -74,6 +73,7 @@ class Rollout:
         self._encoder = retriever.params if whole is None else place(retriever.params, whole)
         self._episodes: Episodes | None = None
         self._failure: Exception | None = None
+        self._report: Callable[[int], None] | None = None
         self._run = jax.jit(self._program)
 
     @property
@@ -94,64 +94,54 @@ class Rollout:
         *,
         rules: Rules | None = None,
         retriever: Retriever | None = None,
-    ) -> Iterator[Trajectory]:
-        """Yields the episodes of `examples`, in order; a result depends on (key, example), not on the batch.
+        report: Callable[[int], None] | None = None,
+    ) -> list[Trajectory]:
+        """The episodes of `examples`, in order; a result depends on (key, example), not on the batch.
 
         Other `rules` (with a judge if and only if the rollout's own have one, and no more turns) and a `retriever`
-        with the same encoder live on the host: they replace the rollout's own without a new compilation.
+        with the same encoder live on the host: they replace the rollout's own without a new compilation. `report` gets
+        the number of finished episodes at each step; it runs in a callback, so it must not call jax.
         """
         rules, retriever = rules or self._rules, retriever or self._retriever
         if rules.max_turns > self.max_turns or (rules.judge is None) != (self._rules.judge is None):
             remedy = f"Use at most {self.max_turns} turns, and a judge if and only if the rollout has one."
             raise InputError("these rules do not fit the compiled rollout", got=rules, remedy=remedy)
-        for start in range(0, len(examples), self._batch):
-            part = examples[start : start + self._batch]
-            codec = replace(self._codec, max_turns=rules.max_turns)
-            yield from self._run_batch(policy, Episodes(part, codec, retriever, rules), key)
-
-    def _run_batch(self, policy: Policy, episodes: Episodes, key: Array) -> list[Trajectory]:
-        rows, names = np.arange(self._batch, dtype=np.int32), np.zeros(self._batch, np.uint32)
-        names[: len(episodes.examples)] = [zlib.crc32(example.id.encode()) for example in episodes.examples]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, names)
-        inputs = (rows, *episodes.prompts(rows), keys)
+        codec, shards = replace(self._codec, max_turns=rules.max_turns), 1
+        if self._mesh is not None:
+            shards = self._mesh.shape["data"]
+        episodes = Episodes(examples, codec, retriever, rules, slots=self._batch, shards=shards)
+        rows = np.arange(self._batch, dtype=np.int32)
+        inputs = (rows, *episodes.prompts(rows))
         if self._mesh is not None:
             inputs = place(inputs, batch_sharding(self._mesh))
-        self._episodes, self._failure = episodes, None
-        self._run(policy.actor, policy.critic, self._encoder, *inputs).block_until_ready()
+        self._episodes, self._failure, self._report = episodes, None, report
+        self._run(policy.actor, policy.critic, self._encoder, key, *inputs).block_until_ready()
         if self._failure is not None:
             raise self._failure
         return episodes.trajectories()
 
     def _program(
-        self,
-        actor: Decoder,
-        critic: Critic | None,
-        encoder: Any,
-        rows: Array,
-        prompt: Array,
-        mask: Array,
-        opened: Array,
-        keys: Array,
+        self, actor: Decoder, critic: Critic | None, encoder: Any, key: Array, rows: Array, *prompts: Array
     ) -> Array:
-        """The whole rollout on the device; returns the number of turns. The episodes themselves are on the host."""
+        """The whole rollout on the device; returns the number of steps. The episodes themselves are on the host."""
 
         def body(carry: tuple) -> tuple:
-            turn, prompt, mask, opened = carry
-            keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
-            samples, score = self._propose(actor, critic, prompt, mask, opened, keys_now)
+            step, prompt, mask, opened, name, turn = carry
+            keys = jax.vmap(lambda name, turn: jax.random.fold_in(jax.random.fold_in(key, name), turn))(name, turn)
+            samples, score = self._propose(actor, critic, prompt, mask, opened, keys)
             logprob = jnp.sum(samples.logprob, axis=-1)
             # `acted` is `rows` again: handing it on makes observe wait for act, whatever the encoder does.
-            acted, ids, ids_mask = self._call("act", turn, rows, samples.tokens, samples.mask, logprob, score)
+            acted, ids, ids_mask = self._call("act", step, rows, samples.tokens, samples.mask, logprob, score)
             b, slots, width = ids.shape  # width 0 without an encoder
             flat = (b * slots, width)
             vectors = self._retriever.encode(encoder, ids.reshape(flat), ids_mask.reshape(flat))
             vectors = vectors.reshape(b, slots, vectors.shape[-1])
-            return (turn + 1, *self._call("observe", turn, acted, vectors))
+            return (step + 1, *self._call("observe", step, acted, vectors))
 
         def go_on(carry: tuple) -> Array:
-            return (carry[0] < self._rules.max_turns) & jnp.any(carry[3])
+            return jnp.any(carry[3])
 
-        return jax.lax.while_loop(go_on, body, (jnp.int32(0), prompt, mask, opened))[0]
+        return jax.lax.while_loop(go_on, body, (jnp.int32(0), *prompts))[0]
 
     def _propose(
         self, actor: Decoder, critic: Critic | None, prompt: Array, mask: Array, opened: Array, keys: Array
@@ -168,23 +158,23 @@ class Rollout:
             critic, self._config, prefix, tokens, jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)
         )
 
-    def _call(self, name: str, turn: Array, rows: Array, *arrays: Array) -> Any:
+    def _call(self, name: str, step: Array, rows: Array, *arrays: Array) -> Any:
         """Calls `Episodes.<name>` on the host, on each data shard for its own rows."""
 
-        def on_shard(turn: Array, rows: Array, *arrays: Array) -> Any:
+        def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
             results = self._shapes(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
-            return jax.pure_callback(on_host, results, turn, rows, *map(_pieces, arrays))
+            return jax.pure_callback(on_host, results, step, rows, *map(_pieces, arrays))
 
         if self._mesh is None:
-            return on_shard(turn, rows, *arrays)
+            return on_shard(step, rows, *arrays)
         sharded, whole = PartitionSpec("data"), PartitionSpec()
         inputs = (whole, sharded, *(sharded for _ in arrays))
         return jax.shard_map(on_shard, mesh=self._mesh, in_specs=inputs, out_specs=sharded, check_vma=False)(
-            turn, rows, *arrays
+            step, rows, *arrays
         )
 
-    def _on_host(self, name: str, results: Sequence[Any], shapes: Sequence[tuple], turn, rows, *pieces) -> Any:
+    def _on_host(self, name: str, results: Sequence[Any], shapes: Sequence[tuple], step, rows, *pieces) -> Any:
         """Puts the operands together again and calls `Episodes.<name>`.
 
         A failure is kept for `run` to raise, and every row closes: an exception here would leave other shards waiting.
@@ -192,8 +182,13 @@ class Rollout:
         if self._failure is None:
             try:
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
-                method: Callable = getattr(self._episodes, name)
-                return method(int(turn), np.asarray(rows), *arrays)
+                episodes = self._episodes
+                assert episodes is not None
+                method: Callable = getattr(episodes, name)
+                result = method(int(step), np.asarray(rows), *arrays)
+                if self._report is not None and name == "observe":
+                    self._report(episodes.finished)
+                return result
             except Exception as failure:
                 self._failure = self._failure or failure
         return tuple(np.zeros(result.shape, result.dtype) for result in results)
@@ -206,7 +201,8 @@ class Rollout:
             width = self._retriever.tokenize([""])[0].shape[1]
             return struct((b,), np.int32), struct((b, slots, width), np.int32), struct((b, slots, width), bool)
         size = self._codec.max_prompt
-        return struct((b, size), np.int32), struct((b, size), bool), struct((b,), bool)
+        prompts = struct((b, size), np.int32), struct((b, size), bool)
+        return *prompts, struct((b,), bool), struct((b,), np.uint32), struct((b,), np.int32)
 
 
 def _pieces(x: Array) -> list[Array]:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def finals(episodes):
 
 def test_prompts_are_left_padded_and_padding_rows_are_closed(retriever):
     episodes = start(retriever, 2, Rules(max_turns=3))
-    ids, mask, opened = episodes.prompts(range(4))
+    ids, mask, opened, *_ = episodes.prompts(range(4))
     expected = toy_codec(3).prompt(finals(episodes)[1])
     assert ids[1][mask[1]].tolist() == expected
     assert mask[1].tolist() == [False] * (96 - len(expected)) + [True] * len(expected)
@@ -85,6 +86,49 @@ def test_malformed_output_is_counted_and_never_searched(retriever):
     (turn,) = finals(episodes)[0].turns
     assert isinstance(turn.action, Malformed)
     assert (turn.documents, turn.error) == ((), None)
+
+
+def test_a_waiting_episode_moves_into_the_slot_of_a_finished_one(retriever):
+    rules = Rules(max_turns=3)
+    episodes = Episodes(toy_examples(5), toy_codec(3), retriever, rules, slots=2)
+    assert finished_and_waiting(episodes) == (0, [[2, 3, 4]])
+    *_, opened, name, turn = play(episodes, 0, [MAYOR], [RIGHT])
+    assert name.tolist() == [crc32(b"e0"), crc32(b"e2")]
+    assert (opened.tolist(), turn.tolist()) == ([True, True], [1, 0])
+    ids, mask, *_ = play(episodes, 1, [RIGHT], [MUSEUM])
+    assert ids[0][mask[0]].tolist() == toy_codec(3).prompt(finals(episodes)[3]), "the prompt of the new episode"
+    assert finished_and_waiting(episodes) == (2, [[4]])
+    play(episodes, 2, [WRONG], [RIGHT])
+    *_, opened, name, turn = episodes.prompts(range(2))
+    assert (opened.tolist(), name[0], turn[0]) == ([True, False], crc32(b"e4"), 0), "nobody waits any more"
+    play(episodes, 3, [COAST], [MAYOR])
+    answers = [state.answer for state in finals(episodes)]
+    assert answers == ["Port Selby", "Port Selby", "Port Selby", "Morn", None]
+    assert [len(t.steps) for t in episodes.trajectories()] == [2, 1, 2, 1, 1], "a closed slot acts no more"
+
+
+def test_each_shard_has_its_own_waiting_episodes(retriever):
+    def final_slots(order):
+        episodes = Episodes(toy_examples(8), toy_codec(3), retriever, Rules(max_turns=3), slots=4, shards=2)
+        assert finished_and_waiting(episodes) == (0, [[4, 6], [5, 7]])
+        names = {}
+        for shard in order:
+            rows = np.arange(2) + 2 * shard
+            names[shard] = play(episodes, 0, [RIGHT], [RIGHT], rows=rows)[3].tolist()
+        return names
+
+    assert (
+        final_slots([0, 1])
+        == final_slots([1, 0])
+        == {
+            0: [crc32(b"e4"), crc32(b"e6")],
+            1: [crc32(b"e5"), crc32(b"e7")],
+        }
+    )
+
+
+def finished_and_waiting(episodes):
+    return episodes.finished, [list(waiting) for waiting in episodes._waiting]
 
 
 # ---------------------------------------------------------------- a retriever that fails

@@ -80,13 +80,29 @@ def view(trajectories):
     }
 
 
+def schedule(trajectories, batch, shards):
+    """When each turn runs, as (shard, step of the loop, trajectory, turn): freed slots go to those that wait."""
+    size = batch // shards
+    for shard in range(shards):
+        running = [[t, 0] for t in trajectories[:batch][shard * size : (shard + 1) * size]]
+        waiting, step = list(trajectories[batch:][shard::shards]), 0
+        while running:
+            for slot in running:
+                yield shard, step, *slot
+                slot[1] += 1
+                if slot[1] == len(slot[0].steps) and waiting:
+                    slot[:] = [waiting.pop(0), 0]
+            running = [slot for slot in running if slot[1] < len(slot[0].steps)]
+            step += 1
+
+
 def searches(trajectories, batch, shards):
-    """How many searches are due: one for each turn and shard in which some row retrieves."""
+    """How many searches are due: one for each step and shard in which some row retrieves."""
     due = set()
-    for place_, trajectory in enumerate(trajectories):
-        for turn, step in enumerate(trajectory.steps):
-            if wants_retrieval(step.state, parse_action(step.candidates[step.chosen].text), RULES.max_turns):
-                due.add((place_ // batch, turn, place_ % batch // (batch // shards)))
+    for shard, number, trajectory, turn in schedule(trajectories, batch, shards):
+        step = trajectory.steps[turn]
+        if wants_retrieval(step.state, parse_action(step.candidates[step.chosen].text), RULES.max_turns):
+            due.add((shard, number))
     return len(due)
 
 
@@ -110,6 +126,24 @@ def test_one_compilation_over_turns_batches_and_a_short_last_batch(rollout, poli
     list(rollout.run(policy, EXAMPLES[:1], jax.random.key(6)))
     assert list(rollout.run(policy, (), KEY)) == []
     assert rollout.compilations == 1
+
+
+def test_finished_episodes_make_room(rollout, policy, reference, monkeypatch):
+    steps, told = [], []
+    act = Episodes.act
+
+    def note(self, step, *rest):
+        steps.append(step)
+        return act(self, step, *rest)
+
+    monkeypatch.setattr(Episodes, "act", note)
+    assert view(rollout.run(policy, EXAMPLES, KEY, report=told.append)) == view(reference)
+    turns = [len(t.steps) for t in reference]
+    apart = max(turns[:8]) + max(turns[8:])
+    assert steps == list(range(1 + max(step for _, step, _, _ in schedule(reference, 8, 1))))
+    assert len(steps) < apart, "no better than one batch after the other"
+    assert told == sorted(told)
+    assert told[-1] == len(EXAMPLES)
 
 
 def test_every_episode_ends_within_its_turns(reference):
@@ -223,9 +257,9 @@ def mesh(request):
 def test_a_mesh_gives_the_episodes_of_one_device(policy, reference, retriever, mesh, sharded, monkeypatch):
     acts, act = [], Episodes.act
 
-    def note(self, turn, *rest):
-        acts.append(turn)
-        return act(self, turn, *rest)
+    def note(self, step, *rest):
+        acts.append(step)
+        return act(self, step, *rest)
 
     monkeypatch.setattr(Episodes, "act", note)
     watched = Watched(retriever)
@@ -237,7 +271,7 @@ def test_a_mesh_gives_the_episodes_of_one_device(policy, reference, retriever, m
     assert view(found) == view(reference)
     assert spread.compilations == 1
     assert len(watched.calls) == searches(reference, batch=8, shards=mesh.shape["data"])
-    loops = sum(max(len(t.steps) for t in reference[start : start + 8]) for start in (0, 8))
+    loops = 1 + max(step for _, step, _, _ in schedule(reference, 8, mesh.shape["data"]))
     assert len(acts) == 8 * loops, "every device calls, replicas included"
 
 
@@ -245,10 +279,10 @@ def test_a_fault_on_one_shard_is_raised_and_no_other_waits_for_it(policy, retrie
     spread = Rollout(CONFIG, toy_codec(), retriever, SAMPLING, RULES, batch=8, mesh=make_mesh(4, 1, 2))
     observe = Episodes.observe
 
-    def refuse(self, turn, rows, vectors):
+    def refuse(self, step, rows, vectors):
         if rows[0] == 4:
             raise InputError("shard two has no disk", got="none", remedy="Give it one.")
-        return observe(self, turn, rows, vectors)
+        return observe(self, step, rows, vectors)
 
     with monkeypatch.context() as patch:
         patch.setattr(Episodes, "observe", refuse)

@@ -122,13 +122,8 @@ class Evaluator:
         rules = dataclasses.replace(self._rules, select=agent.select, max_turns=turns)
         rollout = self._rollouts[agent.draw]
         policy = Policy(self._shop.config, agent.actor, agent.critic)
-        found = []
-        examples = (agent.split or self._split).examples
-        for trajectory in rollout.run(policy, examples, self._shop.key("test"), rules=rules, retriever=agent.retriever):
-            found.append(trajectory)
-            if report is not None:
-                report(len(found))
-        return found
+        examples, key = (agent.split or self._split).examples, self._shop.key("test")
+        return rollout.run(policy, examples, key, rules=rules, retriever=agent.retriever, report=report)
 
     def oracle(self) -> Row:
         """The ceiling: the plan's searches with the real retriever, and the gold answer if all was found."""
