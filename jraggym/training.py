@@ -8,6 +8,7 @@ has to be remembered.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,6 +99,12 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
+@functools.lru_cache(maxsize=8)
+def _shared_step(objective: Objective, optimization: Optimization) -> Callable[..., tuple[TrainState, Metrics]]:
+    """One jitted update for all runs of the same objective and optimiser, so that it is compiled once."""
+    return make_step(objective, optimization.build())
+
+
 class BatchSource(Protocol):
     """Batch `step` of a training run, as a pure function of the step."""
 
@@ -132,7 +139,7 @@ def fit(
     state = init_state(weights, optimizer)
     if checkpointer is not None and checkpointer.latest() is not None:
         state, _ = checkpointer.restore(jax.tree.map(_abstract, state))
-    step = make_step(run.objective, optimizer)
+    step = _shared_step(run.objective, run.optimization)
     for i in range(int(state.step), run.optimization.steps):
         state, metrics = step(state, run.batches[i], run.frozen)
         last = i + 1 == run.optimization.steps

@@ -28,6 +28,7 @@ from jraggym.recipes.quickstart import (
     Workshop,
     collect_round,
     collector,
+    demonstrations,
     imitate,
     labelled,
     optimise_preferences,
@@ -174,13 +175,14 @@ def _train(shop: Workshop, console: Console) -> tuple[Models, list]:
     settings, examples = shop.settings, shop.task.train.examples
     first, second = (examples[i:][: settings.collected] for i in _starts(settings, len(examples)))
     with console.stage("warm start", "SFT from scratch on imperfect demonstrations"):
-        warm = warm_start(shop)
+        demonstrated = demonstrations(shop)
+        warm = warm_start(shop, demonstrated)
     rollout = collector(shop)
     with console.stage("collect, warm start", f"{len(first)} questions, {settings.candidates} candidates a state"):
         records = collect_round(shop, "warm-start", warm, first, rollout)
     data, shuffled = (labelled(shop, successful(records), shuffle=deal) for deal in (False, True))
     with console.stage("actors", "SFT on good actions, DPO, and their controls"):
-        longer = warm_longer(shop, warm)
+        longer = warm_longer(shop, warm, demonstrated)
         imitation = imitate(shop, warm, data)
         dpo = optimise_preferences(shop, "DPO", warm, data)
         dpo_shuffled = optimise_preferences(shop, "DPO shuffled", warm, shuffled)

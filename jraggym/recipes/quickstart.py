@@ -10,6 +10,7 @@ goes on where it stopped. Controls get the same data and steps with rewards deal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -93,16 +94,16 @@ def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
     return SentencePieceTokenizer.train(texts, settings.vocab)
 
 
-def warm_start(shop: Workshop) -> Decoder:
+def warm_start(shop: Workshop, rows: Sequence[Row]) -> Decoder:
     """SFT from scratch on imperfect demonstrations, whole episodes at a time."""
     weights = with_induction_head(init(specs(shop.config), shop.key("actor")), shop.config)
-    data = demonstrations(shop, shop.settings.short_first)
+    data = _whole_episodes(shop, rows, shop.settings.short_first)
     return shop.fit("warm start", weights, Run(imitation(shop.config), shop.settings.warm_start, data))
 
 
-def warm_longer(shop: Workshop, warm: Decoder) -> Decoder:
+def warm_longer(shop: Workshop, warm: Decoder, rows: Sequence[Row]) -> Decoder:
     """The control for the actors: as many more steps, with the same optimiser, on demonstrations."""
-    data = demonstrations(shop, 0)
+    data = _whole_episodes(shop, rows, short_first=0)
     return shop.fit("warm start trained longer", warm, Run(imitation(shop.config), shop.settings.actor, data))
 
 
@@ -117,8 +118,8 @@ def optimise_preferences(shop: Workshop, name: str, warm: Decoder, data: BatchSo
     return shop.fit(name, warm, Run(objective, shop.settings.actor, data, frozen=warm))
 
 
-def demonstrations(shop: Workshop, short_first: int) -> Batches:
-    """Scripted, imperfect episodes over the training world, as batches of whole episodes."""
+def demonstrations(shop: Workshop) -> list[Row]:
+    """Scripted, imperfect episodes over the training world, each a row."""
     settings, split = shop.settings, shop.task.train
     examples = split.examples[: settings.demonstrations]
     rngs = [random.Random(f"{settings.seed}/{example.id}") for example in examples]
@@ -131,7 +132,11 @@ def demonstrations(shop: Workshop, short_first: int) -> Batches:
     episodes = run_script(examples, script, shop.train_retriever, budgets)
     codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
     rows = [codecs[budget].episode(episode.final) for budget, episode in zip(budgets, episodes, strict=True)]
-    rows = _fitting(rows, settings.edges[-1])
+    return _fitting(rows, settings.edges[-1])
+
+
+def _whole_episodes(shop: Workshop, rows: Sequence[Row], short_first: int) -> Batches:
+    settings = shop.settings
     shapes = buckets(settings.edges, settings.tokens, candidates=1)
     return Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=short_first)
 
@@ -148,6 +153,7 @@ def _fitting(rows: Sequence[Row], edge: tuple[int, int]) -> list[Row]:
     return kept
 
 
+@functools.cache
 def imitation(config: DecoderConfig, share: float = 0.5):
     """The SFT objective; at most `share` of the action positions are the policy's own (else the loss is NaN)."""
 
@@ -158,6 +164,7 @@ def imitation(config: DecoderConfig, share: float = 0.5):
     return objective
 
 
+@functools.cache
 def preference(config: DecoderConfig, settings: Settings):
     """The DPO objective; `frozen` is the reference policy."""
 
@@ -170,6 +177,7 @@ def preference(config: DecoderConfig, settings: Settings):
     return objective
 
 
+@functools.cache
 def ranking(config: DecoderConfig, settings: Settings):
     """The critic's objective; no centring, since the scores hold log-probabilities."""
 
@@ -195,7 +203,7 @@ def collect_round(
         shop.key(name),
         store,
         provenance,
-        chunk=64,
+        chunk=4 * settings.episodes,
         report=lambda done: shop.progress(name, done, len(examples), None),
     )
     return list(build_dataset(folder / "dataset", records))
