@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from jraggym.data.plan import FLAWLESS, Faults, Plan, demonstrate, oracle, progress
+from jraggym.data.plan import FLAWLESS, Faults, Plan, demonstrate, oracle, plan_by_titles, progress
 from jraggym.data.synthhop import make_world
 from jraggym.data.synthhop.grammar import chains
 from jraggym.environment import outcome, transition, wants_retrieval
@@ -186,6 +186,15 @@ def test_astray_asks_for_somebody_else_on_the_page():
     assert act(state_after(("a r", (A,)), ("zed", (OTHER,))), ALWAYS["astray"]) == Search("zed")
     nobody = dataclasses.replace(PLAN, detours=((), ()))
     assert act(state_after(("a r", (A,))), ALWAYS["astray"], plan=nobody) == Search("b s")
+
+
+def test_a_plan_by_titles_searches_the_named_one_first_and_is_led_astray_beside():
+    example = Example("e", "Who is mayor where the Tarvan flows?", ("Ada",), "bridge", ("Morn (town)", "Tarvan"))
+    plan = plan_by_titles(example, ["Tarvan", "Sea (album)", "Morn (town)", "Hill"])
+    assert plan.queries == ("Tarvan", "Morn")
+    assert plan.bridges == ("Morn", "Ada")
+    assert plan.detours == (("Sea", "Hill"), ("Sea", "Hill"))
+    assert plan_by_titles(example).detours == ((), ())
 
 
 def test_no_fault_once_everything_is_found():

@@ -85,6 +85,15 @@ def test_corpus_positions_and_texts():
         setattr(CORPUS, "documents", ())  # noqa: B010
 
 
+def test_the_fingerprint_tells_corpora_apart():
+    def of(*documents):
+        return Corpus.from_documents(documents).fingerprint
+
+    one, two = Document("a", "A", "x"), Document("b", "B", "y")
+    assert of(one, two) == of(one, two)
+    assert len({of(one, two), of(two, one), of(one), of(Document("a", "A", "xy")), of(Document("a", "Ax", ""))}) == 5
+
+
 def test_jsonl_default_ids_are_unique_and_leave_written_ids_alone(tmp_path):
     path = tmp_path / "c.jsonl"
     rows = [

@@ -153,7 +153,7 @@ def _retriever(split: Split, task: Task, settings: Settings, console: Console, o
             split.corpus, TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector), k=settings.documents
         )
     encoder = BertEncoder.load(minilm_path())
-    texts, kept = split.corpus.texts(), out / f"vectors-{len(split.corpus)}.npy"
+    texts, kept = split.corpus.texts(), out / f"vectors-{split.corpus.fingerprint}.npy"
     if not kept.exists():
         vectors = embed(encoder, texts, progress=partial(_report, console, "embed", len(texts)))
         _save_vectors(kept, vectors)

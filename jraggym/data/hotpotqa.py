@@ -7,7 +7,7 @@ questions share a corpus (`pooled_questions.jsonl` and `pooled_corpus.jsonl` in 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,14 @@ _OFFICIAL: dict[str, type] = {
 
 
 class QuestionSet(NamedTuple):
-    """Questions and the corpus that they are asked over; `support` of an example holds corpus ids."""
+    """Questions and the corpus that they are asked over; `support` of an example holds corpus ids.
+
+    `brought` are the ids of the paragraphs, gold ones and distractors, that each question brings in the official json.
+    """
 
     examples: tuple[Example, ...]
     corpus: Corpus
+    brought: Mapping[str, tuple[str, ...]] = {}
 
 
 def read_official(path: str | Path) -> QuestionSet:
@@ -51,14 +55,17 @@ def read_official(path: str | Path) -> QuestionSet:
         )
     examples: list[Example] = []
     paragraphs: dict[str, Document] = {}
+    brought: dict[str, tuple[str, ...]] = {}
     for number, record in enumerate(records):
         where = f"{path}, record {number}"
         _check(where, record, _OFFICIAL)
         titles = [title for title, _ in _pairs(where, record, "supporting_facts", int)]
         examples.append(_example(where, record["_id"], record, titles))
-        for title, sentences in _pairs(where, record, "context", list):
+        context = _pairs(where, record, "context", list)
+        brought[record["_id"]] = tuple(title for title, _ in context)
+        for title, sentences in context:
             paragraphs.setdefault(title, Document(title, title, _join(where, sentences)))
-    return QuestionSet(tuple(examples), Corpus.from_documents(paragraphs.values()))
+    return QuestionSet(tuple(examples), Corpus.from_documents(paragraphs.values()), brought)
 
 
 def read_pooled(folder: str | Path) -> QuestionSet:

@@ -7,7 +7,7 @@ answered too early, searched twice or led astray), because a greedy imitator ave
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jraggym.types import Answer, Example, Search, State
@@ -95,13 +95,23 @@ def oracle(example: Example, plan: Plan, state: State) -> Search | Answer:
 Plans = Mapping[str, Plan]
 
 
-def plan_by_titles(example: Example) -> Plan:
-    """A plan from supporting documents alone: search their titles, those named in the question first."""
+def plan_by_titles(example: Example, beside: Sequence[str] = ()) -> Plan:
+    """A plan from supporting documents alone: search their titles, those named in the question first.
+
+    A wrong hop leads to one of the titles `beside` them.
+    """
     named = [title for title in example.support if _bare(title).lower() in example.question.lower()]
     titles = tuple(map(_bare, named + [title for title in example.support if title not in named]))
     later = (*titles[1:], example.answers[0])
-    nobody = ((),) * len(titles)
-    return Plan(titles, titles, later, nobody, example.answers[0], f"{example.kind}/{len(titles)}/{len(named)}")
+    detours = tuple(_bare(title) for title in beside if title not in example.support)
+    return Plan(
+        titles,
+        titles,
+        later,
+        (detours,) * len(titles),
+        example.answers[0],
+        f"{example.kind}/{len(titles)}/{len(named)}",
+    )
 
 
 def _bare(title: str) -> str:

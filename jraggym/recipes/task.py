@@ -89,4 +89,5 @@ def _find(folder: Path, split: str) -> QuestionSet:
 
 
 def _titled(questions: QuestionSet, examples: Sequence[Example]) -> Split:
-    return Split(tuple(examples), questions.corpus, {example.id: plan_by_titles(example) for example in examples})
+    plans = {example.id: plan_by_titles(example, questions.brought[example.id]) for example in examples}
+    return Split(tuple(examples), questions.corpus, plans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,14 @@ class Corpus:
         if not documents:
             raise InputError(f"{whole}: the corpus is empty", got="0 documents", remedy="Give at least one document.")
         return cls(tuple(documents), positions)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that tell this corpus from others: names what was computed from it."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(json.dumps([document.id, document.title, document.text]).encode())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.documents)
