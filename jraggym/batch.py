@@ -29,6 +29,13 @@ class ProcessBatch:
     reward: Array  # f32 [B, K]         process reward
     candidate_mask: Array  # bool [B, K]  real, labelled, distinct candidates
     behaviour_logprob: Array  # f32 [B, K, A]  log-probability under the sampling policy, in nats
+    reference_logprob: Array | None = None  # f32 [B, K, A]  under a frozen reference, where it is kept beside the data
+    token_reward: Array | None = None  # f32 [B, K, A]  rewards of single steps, each on its step's last own token
+
+    @property
+    def own(self) -> Array:
+        """bool [B, K, A]: the policy's own tokens in real candidates, which are all that an objective reads."""
+        return self.loss_mask & self.action_mask & self.candidate_mask[:, :, None]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -1,9 +1,9 @@
 """The training loop: an objective and an optimiser become one jitted step; batches are a function of the step.
 
-An objective is a pure function (weights, batch, frozen) -> (loss, metrics), where `frozen` holds weights that are
-read but not trained, such as DPO's reference. The state is donated, so each step reuses
-its memory. Resuming restores the state and the step; since batch i is a pure function of (seed, i), nothing else
-has to be remembered.
+An objective is a pure function (weights, batch, frozen, key) -> (loss, metrics): `weights` are trained, `frozen` is
+read only (DPO's reference, the base under LoRA), and `key` is a random key of the step (for dropout). The state is
+donated, so each step reuses its memory. Resuming restores the state and the step; since batch i is a pure function of
+(seed, i), nothing else has to be remembered.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
-from jraggym.batch import ProcessBatch
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
+from jraggym.sharding import batch_sharding, place
 
 Metrics = dict[str, Array]
-Objective = Callable[[Any, ProcessBatch, Any], tuple[Array, Metrics]]
+Objective = Callable[[Any, Any, Any, Array], tuple[Array, Metrics]]
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @struct.dataclass
@@ -38,14 +41,21 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """Muon on the matrices, AdamW on the rest (or AdamW alone); linear warm-up, then a cosine to zero."""
+    """Muon on the matrices, AdamW on the rest (or AdamW alone), after a linear warm-up."""
 
     steps: int
     matrix_rate: float = 1.6e-2  # learning rate of Muon; 0 puts everything under AdamW
     rate: float = 2e-3  # learning rate of AdamW
     warmup: int = 50
+    schedule: str = "cosine"  # after the warm-up, to zero; or "linear" to zero, or "constant"
     decay: float = 0.0  # weight decay
     clip: float = 1.0  # global norm of the gradient
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError("unknown schedule", got=self.schedule, remedy=f"Use one of {', '.join(SCHEDULES)}.")
+        if self.steps < 1 or self.clip <= 0:
+            raise InputError("optimization: steps >= 1 and clip > 0", got=self, remedy="Raise them.")
 
     def build(self) -> optax.GradientTransformation:
         """The optax chain."""
@@ -53,20 +63,25 @@ class Optimization:
         if self.matrix_rate:
             chain.append(
                 optax.contrib.muon(
-                    self._schedule(self.matrix_rate),
+                    self._rates(self.matrix_rate),
                     weight_decay=self.decay,
-                    adam_learning_rate=self._schedule(self.rate),
+                    adam_learning_rate=self._rates(self.rate),
                     adam_weight_decay=self.decay,
                     muon_weight_dimension_numbers=_stacked_matrices,
                 )
             )
         else:
-            chain.append(optax.adamw(self._schedule(self.rate), weight_decay=self.decay))
+            chain.append(optax.adamw(self._rates(self.rate), weight_decay=self.decay))
         return optax.chain(*chain)
 
-    def _schedule(self, peak: float) -> optax.Schedule:
+    def _rates(self, peak: float) -> optax.Schedule:
         warmup = min(self.warmup, self.steps // 2)
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(self.steps, warmup + 1))
+        total = max(self.steps, warmup + 1)
+        if self.schedule == "cosine":
+            return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
+        end = peak if self.schedule == "constant" else 0.0
+        after = optax.linear_schedule(peak, end, total - warmup)
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
 def _stacked_matrices(weights: Any) -> Any:
@@ -87,10 +102,11 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
 def make_step(
     objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted update (state, batch, frozen=None) -> (state, metrics); it compiles once for each batch shape."""
+    """The jitted update (state, batch, frozen=None, seed=0) -> (state, metrics); one compilation for a batch shape."""
 
-    def step(state: TrainState, batch: ProcessBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch, frozen)
+    def step(state: TrainState, batch: Any, frozen: Any = None, seed: Array | int = 0) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch, frozen, key)
         updates, moments = optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
@@ -108,17 +124,22 @@ def _shared_step(objective: Objective, optimization: Optimization) -> Callable[.
 class BatchSource(Protocol):
     """Batch `step` of a training run, as a pure function of the step."""
 
-    def __getitem__(self, step: int) -> ProcessBatch: ...
+    def __getitem__(self, step: int) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what is optimised, how, on what, and what stays frozen."""
+    """One training run: what is optimised, how, on what, what stays frozen, and on which devices.
+
+    With a `mesh`, weights and `frozen` have been placed on it (see sharding.shardings); batches are placed by `fit`.
+    """
 
     objective: Objective
     optimization: Optimization
     batches: BatchSource
     frozen: Any = None
+    seed: int = 0  # of dropout
+    mesh: Mesh | None = None
 
 
 def fit(
@@ -132,33 +153,59 @@ def fit(
     """Trains from `weights` and returns the final weights; resumes from the newest checkpoint.
 
     Saves the whole state after every `every` steps and at the end; killed at any moment and called again, it ends
-    with the same bits. `report` gets (updates done, metrics) of each step. Raises InputError at a loss that is not
-    finite, naming the step; the last checkpoint stays as it is.
+    with the same bits. `report` gets (updates done, metrics) of each step. Raises InputError at the first loss or
+    gradient that is not finite, naming the step and its batch; the last checkpoint stays as it is.
     """
     optimizer = run.optimization.build()
     state = init_state(weights, optimizer)
     if checkpointer is not None and checkpointer.latest() is not None:
         state, _ = checkpointer.restore(jax.tree.map(_abstract, state))
     step = _shared_step(run.objective, run.optimization)
+    watch = Watch()
     for i in range(int(state.step), run.optimization.steps):
-        state, metrics = step(state, run.batches[i], run.frozen)
+        state, metrics = step(state, placed(run.batches[i], run.mesh), run.frozen, run.seed)
+        watch.look(i, metrics)
         last = i + 1 == run.optimization.steps
-        if last or (i + 1) % every == 0:
-            _check_finite(i, metrics)
-            if checkpointer is not None:
-                checkpointer.save(i + 1, state, {"step": i + 1})
+        if checkpointer is not None and (last or (i + 1) % every == 0):
+            watch.finish()
+            checkpointer.save(i + 1, state, {"step": i + 1})
         if report is not None:
             report(i + 1, metrics)
+    watch.finish()
     return state.weights
+
+
+def placed(batch: Any, mesh: Mesh | None) -> Any:
+    """The batch with its rows spread over the mesh, or as it is without one."""
+    return batch if mesh is None else place(batch, batch_sharding(mesh))
+
+
+class Watch:
+    """Stops a run at the first metric that is not finite, without making the device wait for the host.
+
+    A step's metrics are read when the next step has been handed to the device.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: tuple[int, Metrics] | None = None
+
+    def look(self, step: int, metrics: Metrics) -> None:
+        """Keeps the metrics of `step` and checks those of the step before; raises InputError naming it."""
+        self.finish()
+        self._waiting = step, metrics
+
+    def finish(self) -> None:
+        """Checks what is still waiting."""
+        if self._waiting is None:
+            return
+        (step, metrics), self._waiting = self._waiting, None
+        if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
+            raise InputError(
+                f"training diverged at step {step + 1}, on batch {step}",
+                got=f"{', '.join(bad)} not finite",
+                remedy="Look at that batch, or lower the learning rate; earlier checkpoints are untouched.",
+            )
 
 
 def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _check_finite(step: int, metrics: Metrics) -> None:
-    bad = [name for name, value in metrics.items() if not jnp.isfinite(value)]
-    if bad:
-        raise InputError(
-            f"training diverged by step {step}", got=f"{', '.join(bad)} not finite", remedy="Lower the learning rate."
-        )

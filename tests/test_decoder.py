@@ -201,10 +201,17 @@ def test_candidates_do_not_see_each_other(batch):
     assert worst_difference(before[:, 1:], after[:, 1:]) > 0.1
 
 
-def test_remat_gives_the_same_gradient(batch):
+@pytest.mark.parametrize("remat", ["dots", "layer"])
+def test_remat_gives_the_same_gradient(batch, remat):
     weights = random_decoder()
-    plain, remat = (value_and_grad(weights, dataclasses.replace(TIED, remat=r), batch) for r in (False, True))
-    assert worst_difference(plain, remat) < 1e-5
+    plain, other = (value_and_grad(weights, dataclasses.replace(TIED, remat=r), batch) for r in ("none", remat))
+    assert worst_difference(plain, other) < 1e-5
+
+
+@pytest.mark.parametrize("field", ["remat", "attention"])
+def test_an_unknown_variant_is_refused(field):
+    with pytest.raises(InputError, match=rf"unknown {field}; got fastest. Use one of"):
+        DecoderConfig(**{field: "fastest"})
 
 
 def test_bfloat16_activations_with_float32_weights(batch):

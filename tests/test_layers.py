@@ -22,7 +22,9 @@ ROWS = {
     **dict.fromkeys(("jraggym.text.batching", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2),
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
-    **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
+    **dict.fromkeys(
+        (f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training", "steps")), 3
+    ),
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
@@ -42,9 +44,12 @@ SIBLINGS = [
     ("jraggym.data.hotpotqa", "jraggym.retrieval.corpus"),
     ("jraggym.models.*", "jraggym.models.decoder"),
     ("jraggym.models.*", "jraggym.models.likelihood"),
+    ("jraggym.models.*", "jraggym.models.linear"),
     ("jraggym.objectives.*", "jraggym.objectives.forward"),
     ("jraggym.objectives.*", "jraggym.objectives.pairs"),
     ("jraggym.objectives.dpo", "jraggym.objectives.sft"),
+    ("jraggym.objectives.policy", "jraggym.objectives.kl"),
+    ("jraggym.objectives.ppo", "jraggym.objectives.*"),
     ("jraggym.episodes", "jraggym.labelling"),
     ("jraggym.rollout", "jraggym.episodes"),
     ("jraggym.training", "jraggym.checkpoint"),

@@ -25,7 +25,7 @@ rng = np.random.default_rng(0)
 ids = rng.integers(1, 32, (20, 6)).tolist()
 rows = [Row(i[:3], [i[3:]], [[True] * 3], [1.0], [True]) for i in ids]
 data = Batches(rows, [Bucket(4, 4, 4)], candidates=1, seed=0)
-objective = lambda weights, batch, frozen: sft_loss(token_logprobs(weights, config, batch), batch)
+objective = lambda weights, batch, frozen, key: sft_loss(token_logprobs(weights, config, batch), batch)
 run = Run(objective, Optimization(30, warmup=3), data)
 weights = fit(run, init(specs(config), jax.random.key(0)), Checkpointer(out / "saved", keep=2), every=3,
               report=lambda step, metrics: time.sleep(pause))

@@ -18,11 +18,11 @@ from jraggym.objectives.sft import sft_loss
 from jraggym.training import Optimization, Run, fit, init_state, make_step
 
 
-def sft(weights, batch, frozen):
+def sft(weights, batch, frozen, key):
     return sft_loss(token_logprobs(weights, TIED, batch), batch)
 
 
-def quadratic(weights, batch, frozen):
+def quadratic(weights, batch, frozen, key):
     """A loss that compiles at once, for what does not depend on the objective."""
     loss = jnp.mean((weights["w"] - batch.reward.mean()) ** 2) + 0.0 * frozen
     return loss, {"loss": loss}
@@ -59,9 +59,9 @@ def test_steps_reduce_the_loss_and_leave_the_given_weights_alone():
 def test_one_compilation_for_each_batch_shape():
     traced = []
 
-    def counted(weights, batch, frozen):
+    def counted(weights, batch, frozen, key):
         traced.append(batch.reward.shape)
-        return quadratic(weights, batch, frozen)
+        return quadratic(weights, batch, frozen, key)
 
     optimizer = optax.sgd(0.1)
     state, step = init_state(SMALL, optimizer), make_step(counted, optimizer)
@@ -81,7 +81,7 @@ def test_the_state_is_donated():
 
 
 def test_frozen_weights_are_read_and_get_no_gradient():
-    def objective(weights, batch, frozen):
+    def objective(weights, batch, frozen, key):
         loss = jnp.mean((weights["w"] - frozen["w"]) ** 2)
         return loss, {"loss": loss}
 
@@ -198,5 +198,5 @@ def test_fit_is_the_step_over_the_batches_in_order():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
     run = Run(quadratic, Optimization(steps=6), Rewards(), jnp.float32(np.nan))
-    with pytest.raises(InputError, match=r"diverged by step \d+; got .*loss.* not finite"):
+    with pytest.raises(InputError, match=r"diverged at step 1, on batch 0; got .*loss.* not finite"):
         fit(run, SMALL, every=2)

@@ -1,4 +1,4 @@
-"""Attention over a union of key sets, rotary positions and the flat matrix product: what a decoder layer is made of.
+"""Attention over a union of key sets, and rotary positions.
 
 Letters: X rows of the batch (B prompts or B * K branches), Y key sets, T tokens, S key slots, Q query heads,
 G key/value heads, H head dim.
@@ -6,7 +6,6 @@ G key/value heads, H head dim.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -52,12 +51,6 @@ def attend(q: Array, parts: list[Keys]) -> Array:
         mixed = mixed + _mix(weight.astype(part.v.dtype), part.v)
     out = mixed / total[..., None].astype(mixed.dtype)
     return out.swapaxes(1, 2).reshape(x, t, heads * h)
-
-
-def matmul(x: Array, matrix: Array) -> Array:
-    """x @ matrix as one flat product: XLA's CPU backend is fastest on two-dimensional operands."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ matrix.astype(x.dtype)
-    return flat.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def _scores(q: Array, part: Keys) -> Array:

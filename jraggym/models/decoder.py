@@ -23,7 +23,15 @@ from flax import struct
 from jax import Array
 
 from jraggym.errors import InputError
-from jraggym.models.attention import Keys, attend, matmul, rotary, turn
+from jraggym.models.attention import Keys, attend, rotary, turn
+from jraggym.models.linear import matmul
+
+REMAT = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep products with weights, recompute the rest
+    "layer": jax.checkpoint_policies.nothing_saveable,  # keep each layer's input only
+}
+ATTENTION = ("xla", "splash", "cudnn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,8 @@ class DecoderConfig:
     tied: bool = True
     qkv_bias: bool = True  # as in Qwen2
     dtype: str = "float32"  # of activations; weights stay in float32
-    remat: bool = False  # recompute layer activations in the backward pass
+    remat: str = "none"  # what the backward pass recomputes, see REMAT
+    attention: str = "xla"  # two-part attention anywhere; "splash" on TPU and "cudnn" on GPU, see models/packed.py
 
     def __post_init__(self) -> None:
         if self.query_heads % self.kv_heads:
@@ -53,14 +62,18 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise InputError("head_dim must be even", got=self.head_dim, remedy="Rotary positions turn pairs.")
+        for name, known in (("remat", tuple(REMAT)), ("attention", ATTENTION)):
+            if getattr(self, name) not in known:
+                remedy = f"Use one of {', '.join(known)}."
+                raise InputError(f"unknown {name}", got=getattr(self, name), remedy=remedy)
 
 
 class Spec(NamedTuple):
-    """Shape, logical axes (see sharding.RULES) and initial standard deviation (0 means all ones) of a weight."""
+    """Shape, logical axes (see sharding.RULES) and initial standard deviation of a weight."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    scale: float
+    scale: float | None  # 0 means all ones, None all zeros
 
 
 @struct.dataclass
@@ -135,11 +148,13 @@ def init(table: Any, key: Array) -> Any:
     """Draws float32 weights for a tree of `Spec`; each leaf's key depends on its place in the tree."""
     leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
     keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jnp.ones(s.shape) if s.scale == 0.0 else s.scale * jax.random.truncated_normal(k, -3, 3, s.shape)
-        for s, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
+    return jax.tree.unflatten(tree, [_draw(spec, key) for spec, key in zip(leaves, keys, strict=True)])
+
+
+def _draw(spec: Spec, key: Array) -> Array:
+    if not spec.scale:
+        return jnp.zeros(spec.shape) if spec.scale is None else jnp.ones(spec.shape)
+    return spec.scale * jax.random.truncated_normal(key, -3, 3, spec.shape)
 
 
 def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array) -> Prefix:
@@ -149,17 +164,17 @@ def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, promp
     Returns: the keys and values of tokens 0 .. P - 2; the last prompt token is each branch's first token.
     """
     position = jnp.cumsum(prompt_mask, axis=1) - 1
-    mask, tokens, angles = prompt_mask[:, :-1], prompt[:, :-1], _angles(config, position[:, :-1])
+    mask, tokens, angles = prompt_mask[:, :-1], prompt[:, :-1], angles_at(config, position[:, :-1])
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = (causal & mask[:, None, :])[:, None]  # [B, 1, T, T]
 
     def step(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
-        q, k, v = _qkv(layer, config, x, angles)
+        q, k, v = qkv(layer, config, x, angles)
         attended = attend(q, [Keys(k, v, visible)])
-        return _residual(layer, config, x, attended), (k, v)
+        return residual(layer, config, x, attended), (k, v)
 
-    x = _embed(weights, config, tokens)
-    _, (k, v) = jax.lax.scan(_remat(step, config), x, weights.layers)
+    x = embed(weights, config, tokens)
+    _, (k, v) = jax.lax.scan(rematted(step, config), x, weights.layers)
     return Prefix(k, v, mask, position[:, -1])
 
 
@@ -171,18 +186,18 @@ def branch_forward(weights: Decoder, config: DecoderConfig, prefix: Prefix, toke
     """
     b, k_, a = tokens.shape
     position = prefix.start[:, None, None] + jnp.arange(a)
-    angles = _angles(config, jnp.broadcast_to(position, (b, k_, a)).reshape(b * k_, a))
+    angles = angles_at(config, jnp.broadcast_to(position, (b, k_, a)).reshape(b * k_, a))
     own = jnp.tril(jnp.ones((a, a), bool)) & mask.reshape(b * k_, 1, 1, a)
     shared = prefix.mask[:, None, None]  # [B, 1, 1, P - 1]
 
     def step(x: Array, inputs: tuple[Layer, Array, Array]) -> tuple[Array, None]:
         layer, prefix_k, prefix_v = inputs
-        q, k, v = _qkv(layer, config, x, angles)
+        q, k, v = qkv(layer, config, x, angles)
         attended = attend(q, [Keys(prefix_k, prefix_v, shared), Keys(k, v, own)])
-        return _residual(layer, config, x, attended), None
+        return residual(layer, config, x, attended), None
 
-    x = _embed(weights, config, tokens.reshape(b * k_, a))
-    x, _ = jax.lax.scan(_remat(step, config), x, (weights.layers, prefix.k, prefix.v))
+    x = embed(weights, config, tokens.reshape(b * k_, a))
+    x, _ = jax.lax.scan(rematted(step, config), x, (weights.layers, prefix.k, prefix.v))
     return rms_norm(x, weights.final_norm, config.norm_eps).reshape(b, k_, a, config.model)
 
 
@@ -198,7 +213,7 @@ def decode_step(
     b, k_ = token.shape
     slots = cache[0].shape[4]
     position = jnp.repeat(prefix.start + slot, k_)[:, None]
-    angles = _angles(config, position)
+    angles = angles_at(config, position)
     # All branches of a prompt go through one product with the keys of all; each sees its own. That wastes a factor
     # K of a small product, and saves B * K tiny ones.
     own = jnp.eye(k_, dtype=bool)[:, :, None] & (jnp.arange(slots) < slot)
@@ -210,12 +225,12 @@ def decode_step(
 
     def step(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         layer, prefix_k, prefix_v, past_k, past_v = inputs
-        q, k, v = _qkv(layer, config, x, angles)
+        q, k, v = qkv(layer, config, x, angles)
         before = [Keys(prefix_k, prefix_v, shared), Keys(flat(past_k), flat(past_v), past)]
         attended = attend(q, [*before, Keys(k, v, itself)])
-        return _residual(layer, config, x, attended), (k, v)
+        return residual(layer, config, x, attended), (k, v)
 
-    x = _embed(weights, config, token.reshape(b * k_, 1))
+    x = embed(weights, config, token.reshape(b * k_, 1))
     x, now = jax.lax.scan(step, x, (weights.layers, prefix.k, prefix.v, *cache))
 
     # After the scan, so that a loop around this function updates one slot in place and copies no cache.
@@ -246,16 +261,18 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return (scaled * gain).astype(x.dtype)
 
 
-def _embed(weights: Decoder, config: DecoderConfig, tokens: Array) -> Array:
+def embed(weights: Decoder, config: DecoderConfig, tokens: Array) -> Array:
+    """The first hidden states [X, T, D] of tokens [X, T]."""
     # Rows are drawn with standard deviation D^-0.5 (right for the tied logits); D^0.5 makes them unit inputs.
     return weights.embed[tokens].astype(config.dtype) * config.model**0.5
 
 
-def _angles(config: DecoderConfig, position: Array) -> tuple[Array, Array]:
+def angles_at(config: DecoderConfig, position: Array) -> tuple[Array, Array]:
+    """The rotary angles of positions [X, T]."""
     return rotary(position, config.head_dim, config.rope_theta)
 
 
-def _qkv(layer: Layer, config: DecoderConfig, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+def qkv(layer: Layer, config: DecoderConfig, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
     """Queries [X, Q, T, H] and keys, values [X, G, T, H] of hidden states [X, T, D]."""
     x = rms_norm(x, layer.attention_norm, config.norm_eps)
 
@@ -268,11 +285,14 @@ def _qkv(layer: Layer, config: DecoderConfig, x: Array, angles: tuple[Array, Arr
     return turn(q, angles), turn(k, angles), heads(layer.v, layer.v_bias, config.kv_heads)
 
 
-def _residual(layer: Layer, config: DecoderConfig, x: Array, attended: Array) -> Array:
+def residual(layer: Layer, config: DecoderConfig, x: Array, attended: Array) -> Array:
+    """What is left of a layer after attention [X, T, Q * H]: its output product and the feed-forward block."""
     x = x + matmul(attended, layer.o)
     y = rms_norm(x, layer.mlp_norm, config.norm_eps)
     return x + matmul(jax.nn.silu(matmul(y, layer.gate)) * matmul(y, layer.up), layer.down)
 
 
-def _remat(step: Callable, config: DecoderConfig) -> Callable:
-    return jax.checkpoint(step) if config.remat else step
+def rematted(step: Callable, config: DecoderConfig) -> Callable:
+    """A layer's step under the configuration's rematerialisation."""
+    policy = REMAT[config.remat]
+    return step if policy is None else jax.checkpoint(step, policy=policy)

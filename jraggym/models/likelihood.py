@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without the [T, V] array of logits."""
+"""Log-probabilities of given tokens, and entropies, without the [T, V] array of logits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,26 @@ def chunked_logprobs(hidden: Array, matrix: Array, targets: Array) -> Array:
 
     Chunks of logits are recomputed in the backward pass.
     """
+
+    def one(logits: Array, target: Array) -> Array:
+        return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+    return _by_chunks(one, hidden, matrix, targets)
+
+
+def chunked_logprobs_and_entropy(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, Array]:
+    """The same, and the entropy [T] of each token's distribution, in nats: log sum e^z - sum p z."""
+
+    def one(logits: Array, target: Array) -> tuple[Array, Array]:
+        total = jax.nn.logsumexp(logits, axis=1)
+        mean = jnp.sum(jax.nn.softmax(logits, axis=1) * logits, axis=1)
+        return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - total, total - mean
+
+    return _by_chunks(one, hidden, matrix, targets)
+
+
+def _by_chunks(function, hidden: Array, matrix: Array, targets: Array):
+    """function(logits [CHUNK, V], targets [CHUNK]) for all T tokens; its results [CHUNK] become [T]."""
     t, d = hidden.shape
     count = -(-t // CHUNK)
     size = -(-t // count)
@@ -22,8 +42,7 @@ def chunked_logprobs(hidden: Array, matrix: Array, targets: Array) -> Array:
     matrix = matrix.astype(hidden.dtype)
 
     @jax.checkpoint
-    def one(chunk: tuple[Array, Array]) -> Array:
-        logits = (chunk[0] @ matrix).astype(jnp.float32)
-        return jnp.take_along_axis(logits, chunk[1][:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+    def one(chunk: tuple[Array, Array]):
+        return function((chunk[0] @ matrix).astype(jnp.float32), chunk[1])
 
-    return jax.lax.map(one, (hidden, targets)).reshape(-1)[:t]
+    return jax.tree.map(lambda x: x.reshape(-1)[:t], jax.lax.map(one, (hidden, targets)))

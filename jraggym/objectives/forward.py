@@ -1,4 +1,4 @@
-"""From weights and a ProcessBatch to what objectives read: log-probabilities and scores of every candidate.
+"""From weights and a ProcessBatch to what objectives read: log-probabilities, values and scores of every candidate.
 
 All objectives share this forward. The prompt is computed once for its K candidates; the result equals that of
 writing each candidate out behind its own copy of the prompt.
@@ -6,13 +6,18 @@ writing each candidate out behind its own copy of the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jraggym.batch import ProcessBatch
+from jraggym.errors import InputError
 from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import Decoder, DecoderConfig, branch_forward, prefix_forward, unembedding
-from jraggym.models.likelihood import chunked_logprobs
+from jraggym.models.likelihood import chunked_logprobs, chunked_logprobs_and_entropy
 
 
 def branches(batch: ProcessBatch) -> tuple[Array, Array]:
@@ -29,21 +34,71 @@ def token_logprobs(weights: Decoder, config: DecoderConfig, batch: ProcessBatch,
     Only the states before such tokens meet the vocabulary matrix. `capacity` is a static upper bound on how many
     there are in the batch (default: all B * K * A positions); more than that gives NaN, never a silent cut.
     """
-    prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
-    tokens, mask = branches(batch)
-    hidden = branch_forward(weights, config, prefix, tokens, mask)[:, :, :-1]
-    wanted = (batch.loss_mask & batch.action_mask).reshape(-1)
-    size = min(capacity or wanted.size, wanted.size)
-    (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
-    rows = hidden.reshape(-1, hidden.shape[-1]).at[place].get(mode="fill", fill_value=0)
-    targets = jnp.ravel(batch.action).at[place].get(mode="fill", fill_value=0)
-    found = chunked_logprobs(rows, unembedding(weights), targets)
-    found = jnp.where(jnp.sum(wanted) <= size, found, jnp.nan)
-    flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")
-    return flat.reshape(batch.action.shape)
+    return _read_tokens(chunked_logprobs, weights, config, batch, capacity)
+
+
+def token_logprobs_and_entropy(
+    weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None = None
+) -> tuple[Array, Array]:
+    """The same, and the entropy [B, K, A] of the distribution that each of these tokens is drawn from, in nats."""
+    return _read_tokens(chunked_logprobs_and_entropy, weights, config, batch, capacity)
+
+
+def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch) -> Array:
+    """Values [B, K, A] of the states in which the action tokens are chosen: head . hidden(all tokens before)."""
+    hidden = _hidden(weights.trunk, config, batch)[:, :, :-1]
+    return (hidden @ weights.head.astype(hidden.dtype)).astype(jnp.float32)
 
 
 def candidate_scores(weights: Critic, config: DecoderConfig, batch: ProcessBatch) -> Array:
     """Critic scores [B, K]."""
     prefix = prefix_forward(weights.trunk, config, batch.prompt, batch.prompt_mask)
     return critic_scores(weights, config, prefix, *branches(batch))
+
+
+def by_rows(forward: Callable[[Any, ProcessBatch], Any], weights: Any, batch: ProcessBatch, parts: int) -> Any:
+    """forward(weights, batch) computed on `parts` slices of the batch's rows, one after the other.
+
+    A slice's activations are recomputed in the backward pass, so that only one slice's exist at a time, and the loss
+    that reads the result is that of the whole batch, whatever it averages over. That is gradient accumulation without
+    its usual error of averaging means. Slice j takes rows j, parts + j, ..., which leaves each device its own rows.
+    Raises InputError when the rows cannot be split.
+    """
+    rows = batch.prompt.shape[0]
+    if rows % parts:
+        got = f"{rows} rows in {parts} parts"
+        raise InputError("the batch cannot be split evenly", got=got, remedy="Choose a divisor of the rows.")
+    if parts == 1:
+        return forward(weights, batch)
+
+    def split(x: Array) -> Array:
+        return x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(part: ProcessBatch) -> Any:
+        return forward(weights, part)
+
+    found = jax.lax.map(one, jax.tree.map(split, batch))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), found)
+
+
+def _hidden(weights: Decoder, config: DecoderConfig, batch: ProcessBatch) -> Array:
+    """Hidden states [B, K, A + 1, D]: of the prompt's last token, then of the action's tokens."""
+    prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
+    return branch_forward(weights, config, prefix, *branches(batch))
+
+
+def _read_tokens(read: Callable, weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None):
+    hidden = _hidden(weights, config, batch)[:, :, :-1]
+    wanted = (batch.loss_mask & batch.action_mask).reshape(-1)
+    size = min(capacity or wanted.size, wanted.size)
+    (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
+    rows = hidden.reshape(-1, hidden.shape[-1]).at[place].get(mode="fill", fill_value=0)
+    targets = jnp.ravel(batch.action).at[place].get(mode="fill", fill_value=0)
+
+    def back(found: Array) -> Array:
+        found = jnp.where(jnp.sum(wanted) <= size, found, jnp.nan)
+        flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")
+        return flat.reshape(batch.action.shape)
+
+    return jax.tree.map(back, read(rows, unembedding(weights), targets))

@@ -21,13 +21,20 @@ def threshold_pairs(batch: ProcessBatch, below: float = NEGATIVE) -> Array:
     return positives(batch)[:, :, None] & negative[:, None, :]
 
 
+def ordered_pairs(batch: ProcessBatch) -> Array:
+    """bool [B, K, K]: i has a higher reward than j; both are real."""
+    real = batch.candidate_mask
+    return real[:, :, None] & real[:, None, :] & (batch.reward[:, :, None] > batch.reward[:, None, :])
+
+
 def masked_mean(values: Array, mask: Array) -> Array:
     """Mean over the True entries; 0 when there are none. Masked values may be anything, NaN included."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def state_mean(values: Array, pairs: Array) -> Array:
-    """Mean over states of each state's mean [B, K, K] over its pairs: a state counts once, however many it has."""
-    count = jnp.sum(pairs, axis=(1, 2))
-    mean = jnp.sum(jnp.where(pairs, values, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
+def state_mean(values: Array, mask: Array) -> Array:
+    """Mean over states of each state's mean of [B, ...] where the mask holds: a state counts once."""
+    rest = tuple(range(1, mask.ndim))
+    count = jnp.sum(mask, axis=rest)
+    mean = jnp.sum(jnp.where(mask, values, 0.0), axis=rest) / jnp.maximum(count, 1)
     return masked_mean(mean, count > 0)

@@ -10,7 +10,6 @@ goes on where it stopped. Controls get the same data and steps with rewards deal
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from jraggym.batch import ProcessBatch
+from jraggym import steps
 from jraggym.checkpoint import Checkpointer
 from jraggym.collection import collect
 from jraggym.data.plan import demonstrate
@@ -31,11 +29,7 @@ from jraggym.errors import InputError
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
-from jraggym.objectives.critic import critic_loss
-from jraggym.objectives.dpo import dpo_loss
-from jraggym.objectives.forward import candidate_scores, token_logprobs
 from jraggym.objectives.pairs import POSITIVE
-from jraggym.objectives.sft import sft_loss
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -153,39 +147,19 @@ def _fitting(rows: Sequence[Row], edge: tuple[int, int]) -> list[Row]:
     return kept
 
 
-@functools.cache
 def imitation(config: DecoderConfig, share: float = 0.5):
     """The SFT objective; at most `share` of the action positions are the policy's own (else the loss is NaN)."""
-
-    def objective(weights: Decoder, batch: ProcessBatch, frozen: None):
-        capacity = int(share * np.prod(batch.action.shape))
-        return sft_loss(token_logprobs(weights, config, batch, capacity), batch)
-
-    return objective
+    return steps.sft(steps.Network(config, share=share))
 
 
-@functools.cache
 def preference(config: DecoderConfig, settings: Settings):
-    """The DPO objective; `frozen` is the reference policy."""
-
-    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder):
-        reference = jax.lax.stop_gradient(token_logprobs(frozen, config, batch))
-        logprob = token_logprobs(weights, config, batch)
-        how = {"beta": settings.beta, "nll": settings.nll, "below": settings.below}
-        return dpo_loss(logprob, reference, batch, **how)
-
-    return objective
+    """The DPO objective."""
+    return steps.dpo(steps.Network(config), beta=settings.beta, nll=settings.nll, below=settings.below)
 
 
-@functools.cache
 def ranking(config: DecoderConfig, settings: Settings):
     """The critic's objective; no centring, since the scores hold log-probabilities."""
-
-    def objective(weights: Critic, batch: ProcessBatch, frozen: None):
-        score = candidate_scores(weights, config, batch)
-        return critic_loss(score, batch, below=settings.below, centre=0.0, pointwise=settings.pointwise)
-
-    return objective
+    return steps.critic(steps.Network(config), below=settings.below, centre=0.0, pointwise=settings.pointwise)
 
 
 def collect_round(

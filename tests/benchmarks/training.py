@@ -117,9 +117,9 @@ def sequence_logprobs(weights: Decoder, config: DecoderConfig, copies: Copies) -
 
 
 def shared_objective(config: DecoderConfig, capacity: int) -> Callable:
-    """DPO through the library: (weights, batch, frozen) -> (loss, metrics)."""
+    """DPO through the library: (weights, batch, frozen, key) -> (loss, metrics)."""
 
-    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder) -> tuple[Array, Metrics]:
+    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder, key: Array) -> tuple[Array, Metrics]:
         logprob = token_logprobs(weights, config, batch, capacity)
         reference = token_logprobs(frozen, config, batch, capacity)
         return dpo_loss(logprob, reference, batch, beta=BETA)
@@ -128,9 +128,9 @@ def shared_objective(config: DecoderConfig, capacity: int) -> Callable:
 
 
 def copied_objective(config: DecoderConfig, copies: Copies) -> Callable:
-    """DPO on written-out pairs: (weights, batch, frozen) -> (loss, metrics)."""
+    """DPO on written-out pairs: (weights, batch, frozen, key) -> (loss, metrics)."""
 
-    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder) -> tuple[Array, Metrics]:
+    def objective(weights: Decoder, batch: ProcessBatch, frozen: Decoder, key: Array) -> tuple[Array, Metrics]:
         gain = sequence_logprobs(weights, config, copies) - sequence_logprobs(frozen, config, copies)
         loss = -jnp.mean(jax.nn.log_sigmoid(BETA * (gain[0] - gain[1])))
         return loss, {"loss": loss}

@@ -1,0 +1,72 @@
+"""Advantages of a group: how much better each of K rewards is than its group's.
+
+A group is the K candidates of one state with process rewards, or K whole episodes of one question with outcome
+rewards. A group of one has no rivals, and its advantage is the reward itself (as in verl).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jraggym.errors import InputError
+
+
+def standardised(reward: Array, mask: Array, *, eps: float = 1e-6) -> Array:
+    """(r - mean) / (std + eps) with the sample standard deviation (ddof 1)  (GRPO, arXiv 2402.03300).
+
+    Args: reward [B, K]; mask bool [B, K]; eps: 1e-6 in verl, 1e-4 in TRL.
+    Returns: [B, K], 0 where the mask is False.
+    """
+    centred = mean_only(reward, mask)
+    count = jnp.sum(mask, axis=1, keepdims=True)
+    variance = jnp.sum(jnp.where(mask, centred, 0.0) ** 2, axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
+    return jnp.where(count > 1, centred / (jnp.sqrt(variance) + eps), centred)
+
+
+def mean_only(reward: Array, mask: Array) -> Array:
+    """r - mean  (Dr. GRPO, arXiv 2503.20783): hard and easy groups weigh as their rewards differ."""
+    reward = jnp.where(mask, reward, 0.0)
+    count = jnp.sum(mask, axis=1, keepdims=True)
+    mean = jnp.sum(reward, axis=1, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.where(mask, jnp.where(count > 1, reward - mean, reward), 0.0)
+
+
+def leave_one_out(reward: Array, mask: Array) -> Array:
+    """r - the mean of the others  (RLOO, arXiv 2402.14740); that is mean_only * n / (n - 1)."""
+    count = jnp.sum(mask, axis=1, keepdims=True)
+    return mean_only(reward, mask) * jnp.where(count > 1, count / jnp.maximum(count - 1, 1), 1)
+
+
+GROUP_ADVANTAGES = {
+    "standardised": standardised,
+    "mean_only": mean_only,
+    "leave_one_out": leave_one_out,
+    "global": mean_only,  # then `whiten` over the tokens of the whole batch (REINFORCE++-baseline, arXiv 2501.03262)
+}
+
+
+def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array) -> Array:
+    """One of GROUP_ADVANTAGES, spread over the policy's own tokens.
+
+    Args: reward [B, K]; mask bool [B, K]; tokens bool [B, K, A]: where the loss reads.
+    Returns: [B, K, A], 0 elsewhere. Raises InputError for an unknown kind.
+    """
+    if kind not in GROUP_ADVANTAGES:
+        raise InputError("unknown advantage", got=kind, remedy=f"Use one of {', '.join(GROUP_ADVANTAGES)}.")
+    tokens = tokens & mask[:, :, None]
+    spread = jnp.where(tokens, GROUP_ADVANTAGES[kind](reward, mask)[:, :, None], 0.0)
+    return whiten(spread, tokens) if kind == "global" else spread
+
+
+def whiten(values: Array, mask: Array, *, shift_mean: bool = True) -> Array:
+    """(v - mean) / std over the entries in the mask, 0 elsewhere.
+
+    The variance is the population's, at least 1e-8. Without `shift_mean` only the scale changes, not the mean.
+    """
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.sum(jnp.where(mask, values, 0.0)) / count
+    centred = jnp.where(mask, values - mean, 0.0)
+    scaled = centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / count, 1e-8))
+    return scaled if shift_mean else jnp.where(mask, scaled + mean, 0.0)
