@@ -16,9 +16,9 @@ from __future__ import annotations
 import random
 import threading
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,6 +91,7 @@ class Episodes:
         self.examples, self.rules = tuple(examples), rules
         self._codec, self._retriever = codec, retriever
         self._states = [State(example.question) for example in examples]
+        self._names = _names(examples)
         self._steps: list[list[Step]] = [[] for _ in examples]
         size = len(examples) if slots is None else slots
         self._occupant = [row if row < len(examples) else None for row in range(size)]
@@ -110,7 +111,7 @@ class Episodes:
         """What the device needs to go on with the rows, padded on the left.
 
         Returns: ids int32 [b, P], mask bool [b, P], open bool [b], name uint32 [b] of the episode (a hash of its
-        example's id) and its turn int32 [b]; with the key these two decide every draw.
+        example's id, and of which of its copies it is) and its turn int32 [b]; with the key they decide every draw.
         """
         size = self._codec.max_prompt
         ids, mask = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), bool)
@@ -122,7 +123,7 @@ class Episodes:
                 ids[i, size - len(prompt) :] = prompt
                 mask[i, size - len(prompt) :] = True
                 opened[i], turn[i] = True, len(self._steps[number])
-                name[i] = zlib.crc32(self.examples[number].id.encode())
+                name[i] = zlib.crc32(self._names[number].encode())
         return ids, mask, opened, name, turn
 
     def act(
@@ -136,7 +137,7 @@ class Episodes:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reads the sampled actions and says what is to be retrieved.
 
-        Args: tokens, mask [b, K, A]; logprob, score [b, K].
+        Args: tokens, mask, logprob [b, K, A]; score [b, K].
         Returns: rows, query ids int32 [b, M, T] and mask [b, M, T]; M is K with a judge and 1 without.
         """
         return self._once("act", step, rows, lambda: self._act(step, rows, tokens, mask, logprob, score))
@@ -182,7 +183,7 @@ class Episodes:
         for i, row in enumerate(rows):
             number = self._open(row)
             group = () if number is None else range(i * k, i * k + k)
-            candidates = [Candidate(texts[j], None, float(score.flat[j]), float(logprob.flat[j])) for j in group]
+            candidates = [_sampled(texts[j], ids[j], logprob[i, j - i * k], float(score.flat[j])) for j in group]
             actions = [parse_action(candidate.text) for candidate in candidates]
             chosen = -1 if number is None or self.rules.judge else self._select(number, candidates)
             searches = [] if number is None else self._searches(number, actions, chosen)
@@ -196,7 +197,7 @@ class Episodes:
 
     def _select(self, number: int, candidates: Sequence[Candidate]) -> int:
         # The generator depends on the example and the turn alone, not on the batch that the episode runs in.
-        rng = random.Random(f"{self.rules.seed}/{self.examples[number].id}/{len(self._steps[number])}")
+        rng = random.Random(f"{self.rules.seed}/{self._names[number]}/{len(self._steps[number])}")
         chosen = candidates[SELECTORS[self.rules.select](candidates, rng)]
         # Equal texts are one action. The first stands for all: their scores differ by rounding, which must not choose.
         return next(i for i, candidate in enumerate(candidates) if candidate.text == chosen.text)
@@ -248,7 +249,7 @@ class Episodes:
         judge = self.rules.judge
         rewards = judge(example, state, actions, documents) if judge and error is None else [None] * len(actions)
         labelled = tuple(
-            Candidate(c.text, reward, c.score, c.logprob, tuple(d.id for d in hits or ()))
+            replace(c, reward=reward, documents=tuple(d.id for d in hits or ()))
             for c, reward, hits in zip(candidates, rewards, documents, strict=True)
         )
         if chosen < 0:
@@ -258,3 +259,18 @@ class Episodes:
         outcome = (documents[chosen] or (), error) if executed else ((), None)
         self._steps[number].append(Step(state, labelled, chosen))
         self._states[number] = transition(state, action, *outcome, max_turns=self.rules.max_turns)
+
+
+def _names(examples: Sequence[Example]) -> list[str]:
+    """A name for each episode: the example's id, and for further episodes of the same example "id#1", "id#2", ..."""
+    seen: Counter[str] = Counter()
+    names = []
+    for example in examples:
+        names.append(f"{example.id}#{seen[example.id]}" if seen[example.id] else example.id)
+        seen[example.id] += 1
+    return names
+
+
+def _sampled(text: str, ids: Sequence[int], logprobs: np.ndarray, score: float) -> Candidate:
+    kept = tuple(map(float, logprobs[: len(ids)]))
+    return Candidate(text, None, score, sum(kept), (), tuple(ids), kept)

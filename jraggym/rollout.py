@@ -6,7 +6,7 @@ while any episode is open:                                       (a finished one
     embed the queries                                                  on the device
     search, fuse, judge, execute one candidate, render                 host callback 2: Episodes.observe
 
-On a mesh the rows are split over its "data" axis, and each of its shards calls the host for its own rows.
+On a mesh the rows are split over its "data" and "fsdp" axes, and each shard calls the host for its own rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jraggym.errors import InputError
 from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
 from jraggym.sampling import Samples, Sampling, sample
-from jraggym.sharding import batch_sharding, place
+from jraggym.sharding import batch_sharding, batch_shards, place
 from jraggym.text.actions import STOPS
 from jraggym.text.batching import Codec
 from jraggym.types import Example, Trajectory
@@ -63,8 +63,8 @@ class Rollout:
         batch: int = 64,
         mesh: Mesh | None = None,
     ):
-        if mesh is not None and batch % mesh.shape["data"]:
-            got = f"batch {batch} and data={mesh.shape['data']}"
+        if mesh is not None and batch % batch_shards(mesh):
+            got = f"batch {batch} and {batch_shards(mesh)} shards of rows"
             raise InputError("the batch cannot be split over the mesh", got=got, remedy="Choose a multiple.")
         self._config, self._codec, self._retriever = config, codec, retriever
         self._sampling, self._rules, self._batch, self._mesh = sampling, rules, batch, mesh
@@ -108,7 +108,7 @@ class Rollout:
             raise InputError("these rules do not fit the compiled rollout", got=rules, remedy=remedy)
         codec, shards = replace(self._codec, max_turns=rules.max_turns), 1
         if self._mesh is not None:
-            shards = self._mesh.shape["data"]
+            shards = batch_shards(self._mesh)
         episodes = Episodes(examples, codec, retriever, rules, slots=self._batch, shards=shards)
         rows = np.arange(self._batch, dtype=np.int32)
         inputs = (rows, *episodes.prompts(rows))
@@ -129,9 +129,8 @@ class Rollout:
             step, prompt, mask, opened, name, turn = carry
             keys = jax.vmap(lambda name, turn: jax.random.fold_in(jax.random.fold_in(key, name), turn))(name, turn)
             samples, score = self._propose(actor, critic, prompt, mask, opened, keys)
-            logprob = jnp.sum(samples.logprob, axis=-1)
             # `acted` is `rows` again: handing it on makes observe wait for act, whatever the encoder does.
-            acted, ids, ids_mask = self._call("act", step, rows, samples.tokens, samples.mask, logprob, score)
+            acted, ids, ids_mask = self._call("act", step, rows, samples.tokens, samples.mask, samples.logprob, score)
             b, slots, width = ids.shape  # width 0 without an encoder
             flat = (b * slots, width)
             vectors = self._retriever.encode(encoder, ids.reshape(flat), ids_mask.reshape(flat))
@@ -159,7 +158,7 @@ class Rollout:
         )
 
     def _call(self, name: str, step: Array, rows: Array, *arrays: Array) -> Any:
-        """Calls `Episodes.<name>` on the host, on each data shard for its own rows."""
+        """Calls `Episodes.<name>` on the host, on each shard of the rows for its own ones."""
 
         def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
             results = self._shapes(name, rows.shape[0])
@@ -168,7 +167,7 @@ class Rollout:
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
-        sharded, whole = PartitionSpec("data"), PartitionSpec()
+        sharded, whole = batch_sharding(self._mesh).spec, PartitionSpec()
         inputs = (whole, sharded, *(sharded for _ in arrays))
         return jax.shard_map(on_shard, mesh=self._mesh, in_specs=inputs, out_specs=sharded, check_vma=False)(
             step, rows, *arrays

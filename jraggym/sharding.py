@@ -1,7 +1,7 @@
 """Where arrays live on a mesh: one table from the logical axes of weights to the axes of the mesh.
 
 data     rows of the batch
-fsdp     the model width of every matrix, gathered when used (fully sharded data parallelism)
+fsdp     rows of the batch too, and the model width of every matrix, gathered when used (fully sharded data parallelism)
 tensor   attention heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053)
 """
 
@@ -18,14 +18,14 @@ from jraggym.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-RULES: Mapping[str, str | None] = {
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "model": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "feed_forward": "tensor",
     "layer": None,
-    "batch": "data",
+    "batch": ("data", "fsdp"),
 }
 
 
@@ -56,8 +56,17 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How everything with a leading batch axis is spread: split over "data", repeated over the other axes."""
+    """How everything with a leading batch axis is spread: split over "data" and "fsdp", repeated over "tensor"."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return _parts(mesh, RULES["batch"])
+
+
+def _parts(mesh: Mesh, where: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in (where if isinstance(where, tuple) else (where,)) if axis)
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -70,9 +79,9 @@ def _sharding(path: tuple, spec: Any, mesh: Mesh) -> NamedSharding:
         raise InputError(f"unknown axis of {name}", got=", ".join(unknown), remedy=f"Use one of {', '.join(RULES)}.")
     placed = [None if axis is None else RULES[axis] for axis in spec.axes]
     for size, axis, where in zip(spec.shape, spec.axes, placed, strict=True):
-        if where is not None and size % mesh.shape[where]:
+        if size % _parts(mesh, where):
             raise InputError(
-                f"axis {axis!r} of {name} cannot be split over {where}={mesh.shape[where]}",
+                f"axis {axis!r} of {name} cannot be split over {where}={_parts(mesh, where)}",
                 got=f"size {size}",
                 remedy=f"Choose a mesh whose {where} divides it.",
             )

@@ -1,4 +1,4 @@
-"""The objectives as functions of weights: what `training.make_step` turns into one jitted step each.
+"""The objectives as functions of weights: what `training.Step` turns into one jitted step each.
 
     objective(weights, batch, frozen, key) -> (loss, metrics)
 

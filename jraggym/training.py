@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
@@ -94,31 +94,62 @@ def _stacked_matrices(weights: Any) -> Any:
 
 
 def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; it owns a copy of the weights, since steps donate their state."""
+    """The state before the first step; it owns a copy of the weights, since steps donate their state.
+
+    Moments lie where their weights lie, and what has no shape is on every device of the weights' mesh.
+    """
     weights = jax.tree.map(jnp.copy, weights)
-    return TrainState(jnp.int32(0), weights, optimizer.init(weights))
+    state = TrainState(jnp.int32(0), weights, optimizer.init(weights))
+    if not (named := _named(weights)):
+        return state
+    everywhere = NamedSharding(named[0].mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if _named(x) else place(x, everywhere), state)
 
 
-def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted update (state, batch, frozen=None, seed=0) -> (state, metrics); one compilation for a batch shape."""
+def _named(tree: Any) -> list[NamedSharding]:
+    """The shardings of the leaves that lie on a mesh."""
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return [sharding for sharding in places if isinstance(sharding, NamedSharding)]
 
-    def step(state: TrainState, batch: Any, frozen: Any = None, seed: Array | int = 0) -> tuple[TrainState, Metrics]:
+
+class Step:
+    """The jitted update (state, batch, frozen=None, seed=0) -> (state, metrics); the given state is used up.
+
+    It compiles once for a batch shape: the new state has the placement of the old one, whatever the compiler would
+    have liked better.
+    """
+
+    def __init__(self, objective: Objective, optimizer: optax.GradientTransformation):
+        self._objective, self._optimizer = objective, optimizer
+        self._jitted: dict[tuple[NamedSharding, ...], Any] = {}
+
+    def __call__(
+        self, state: TrainState, batch: Any, frozen: Any = None, seed: Array | int = 0
+    ) -> tuple[TrainState, Metrics]:
+        placement = tuple(_named(state))
+        if placement not in self._jitted:
+            where = (jax.tree.map(lambda x: x.sharding, state), None) if placement else None
+            self._jitted[placement] = jax.jit(self._update, donate_argnums=0, out_shardings=where)
+        return self._jitted[placement](state, batch, frozen, seed)
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled so far."""
+        return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+    def _update(self, state: TrainState, batch: Any, frozen: Any, seed: Array | int) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.weights, batch, frozen, key)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.weights)
+        (_, metrics), gradient = jax.value_and_grad(self._objective, has_aux=True)(state.weights, batch, frozen, key)
+        updates, moments = self._optimizer.update(gradient, state.optimizer, state.weights)
         weights = optax.apply_updates(state.weights, updates)
         metrics = metrics | {"gradient_norm": optax.global_norm(gradient)}
         return TrainState(state.step + 1, weights, moments), metrics
 
-    return jax.jit(step, donate_argnums=0)
-
 
 @functools.lru_cache(maxsize=8)
-def _shared_step(objective: Objective, optimization: Optimization) -> Callable[..., tuple[TrainState, Metrics]]:
+def shared_step(objective: Objective, optimization: Optimization) -> Step:
     """One jitted update for all runs of the same objective and optimiser, so that it is compiled once."""
-    return make_step(objective, optimization.build())
+    return Step(objective, optimization.build())
 
 
 class BatchSource(Protocol):
@@ -159,8 +190,8 @@ def fit(
     optimizer = run.optimization.build()
     state = init_state(weights, optimizer)
     if checkpointer is not None and checkpointer.latest() is not None:
-        state, _ = checkpointer.restore(jax.tree.map(_abstract, state))
-    step = _shared_step(run.objective, run.optimization)
+        state, _ = checkpointer.restore(jax.tree.map(abstract, state))
+    step = shared_step(run.objective, run.optimization)
     watch = Watch()
     for i in range(int(state.step), run.optimization.steps):
         state, metrics = step(state, placed(run.batches[i], run.mesh), run.frozen, run.seed)
@@ -207,5 +238,6 @@ class Watch:
             )
 
 
-def _abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Array) -> jax.ShapeDtypeStruct:
+    """What a checkpoint is restored into: shape, type and placement without the values."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

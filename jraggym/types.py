@@ -113,6 +113,8 @@ class Candidate:
     score: float | None = None  # critic score
     logprob: float | None = None  # sum of the policy's log-probabilities, in nats
     documents: tuple[str, ...] = ()  # ids that this candidate's search retrieves
+    tokens: tuple[int, ...] = ()  # as sampled, the end token included; () where nothing was sampled
+    logprobs: tuple[float, ...] = ()  # the policy's log-probability of each token, in nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ _PLAIN: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, NoneType),
     "int": (int,),
+    "float": (int, float),
     "float | None": (int, float, NoneType),
     "bool": (bool,),
 }

@@ -47,7 +47,8 @@ def document(number, length=8):
 
 
 def arrays(batch):
-    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: np.asarray(field) for name, field in fields.items() if field is not None}
 
 
 def flat(segments):

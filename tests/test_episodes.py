@@ -32,7 +32,7 @@ def play(episodes, turn, *proposed, score=None, rows=None):
     tokens = np.array([[[ACTIONS.index(action)] for action in group] for group in proposed])
     shape = tokens.shape[:2]
     score = np.zeros(shape) if score is None else np.array(score)
-    logprob = np.broadcast_to(-1.0 - np.arange(shape[1]), shape)
+    logprob = np.broadcast_to(-1.0 - np.arange(shape[1]), shape)[..., None]
     acted, ids, _ = episodes.act(turn, rows, tokens, np.ones(tokens.shape, bool), logprob, score)
     assert list(acted) == list(rows)
     return episodes.observe(turn, rows, np.zeros((*ids.shape[:2], 6), np.float32))
@@ -200,6 +200,8 @@ def test_scores_and_logprobs_are_recorded_and_the_best_score_is_executed(retriev
     assert [c.text for c in searched.candidates] == [MUSEUM, MAYOR, RIGHT]
     assert [c.score for c in searched.candidates] == pytest.approx([0.1, 2.5, -1.0])
     assert [c.logprob for c in searched.candidates] == pytest.approx([-1.0, -2.0, -3.0])
+    assert [c.logprobs for c in searched.candidates] == [(-1.0,), (-2.0,), (-3.0,)]
+    assert [len(c.tokens) for c in searched.candidates] == [1, 1, 1]
     assert [len(c.documents) for c in searched.candidates] == [0, 2, 0]
     assert finals(episodes)[1].answer == "Port Selby"
 
@@ -320,7 +322,7 @@ def test_thoughts_reach_the_state(retriever):
     episodes = Episodes(toy_examples(1), toy_codec(3, actions), retriever, Rules(max_turns=3))
     for turn in range(2):
         tokens = np.full((1, 1, 1), turn)
-        rows, ids, _ = episodes.act(turn, [0], tokens, tokens >= 0, np.zeros((1, 1)), np.zeros((1, 1)))
+        rows, ids, _ = episodes.act(turn, [0], tokens, tokens >= 0, np.zeros((1, 1, 1)), np.zeros((1, 1)))
         episodes.observe(turn, rows, np.zeros((*ids.shape[:2], 6), np.float32))
     (state,) = finals(episodes)
     assert (state.turns[0].action.thought, state.answer, state.thought) == ("Morn lies inland", "Ada", "seen")

@@ -22,9 +22,9 @@ ROWS = {
     **dict.fromkeys(("jraggym.text.batching", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2),
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
-    **dict.fromkeys(
-        (f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training", "steps")), 3
-    ),
+    **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
+    **dict.fromkeys((f"jraggym.{name}" for name in ("experience", "gathering", "onpolicy", "steps")), 3),
+    "jraggym.model_folder": 3,
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
@@ -54,11 +54,25 @@ SIBLINGS = [
     ("jraggym.rollout", "jraggym.episodes"),
     ("jraggym.training", "jraggym.checkpoint"),
     ("jraggym.collection", "jraggym.rollout"),
+    ("jraggym.gathering", "jraggym.rollout"),
+    ("jraggym.experience", "jraggym.steps"),
+    ("jraggym.model_folder", "jraggym.checkpoint"),
+    ("jraggym.onpolicy", "jraggym.checkpoint"),
+    ("jraggym.onpolicy", "jraggym.experience"),
+    ("jraggym.onpolicy", "jraggym.gathering"),
+    ("jraggym.onpolicy", "jraggym.rollout"),
+    ("jraggym.onpolicy", "jraggym.steps"),
+    ("jraggym.onpolicy", "jraggym.training"),
     ("jraggym.models.decoder", "jraggym.models.attention"),
     ("jraggym.recipes.*", "jraggym.recipes.task"),
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
+    ("jraggym.recipes.experiment", "jraggym.recipes.*"),
+    ("jraggym.recipes.offline", "jraggym.recipes.*"),
+    ("jraggym.recipes.online", "jraggym.recipes.*"),
+    ("jraggym.recipes.collecting", "jraggym.recipes.*"),
     ("train.*", "train.results"),
+    ("train.*", "train.job"),
     ("train.*", "eval.report"),
 ]
 

@@ -46,7 +46,15 @@ def make_record(question: int, step: int = 0, k: int = 3) -> ProcessRecord:
         prompt="<|user|>\nWhere?\n" * 10,
         golds=("Köln", "Cologne")[: 1 + question % 2],
         candidates=tuple(
-            Candidate(f"<search>ü{i}</search>", rewards[i % 3], None if i == 1 else rng.random(), -1 / 3, ("d1",) * i)
+            Candidate(
+                f"<search>ü{i}</search>",
+                rewards[i % 3],
+                None if i == 1 else rng.random(),
+                -1 / 3,
+                ("d1",) * i,
+                (7,) * i,
+                (-1 / 7,) * i,
+            )
             for i in range(k)
         ),
         chosen=k - 1,
@@ -275,7 +283,7 @@ def test_plain_tensorflow_datasets_reads_it(dataset):
 import json, math, sys
 import tensorflow_datasets as tfds
 folder = sys.argv[1]
-by_folder = tfds.builder_from_directory(folder + "/jraggym_process/1.0.0").as_data_source(split="train")
+by_folder = tfds.builder_from_directory(folder + "/jraggym_process/2.0.0").as_data_source(split="train")
 by_name = tfds.data_source("jraggym_process", data_dir=folder, split="train")
 assert not {"jraggym", "tensorflow"} & set(sys.modules), "not a plain reader"
 record = by_folder[4]

@@ -317,5 +317,5 @@ def test_large_vectors_reach_the_host_whole_and_lock_nothing(policy, retriever):
 
 
 def test_a_batch_that_cannot_be_split_is_refused(retriever):
-    with pytest.raises(InputError, match="the batch cannot be split over the mesh; got batch 6 and data=4"):
+    with pytest.raises(InputError, match="the batch cannot be split over the mesh; got batch 6 and 4 shards"):
         Rollout(CONFIG, toy_codec(), retriever, SAMPLING, RULES, batch=6, mesh=make_mesh(4))

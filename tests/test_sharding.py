@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jraggym.errors import InputError
 from jraggym.models.critic import critic_scores, critic_specs
 from jraggym.models.decoder import DecoderConfig, branch_forward, init, prefix_forward, specs
-from jraggym.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, place, shardings
+from jraggym.sharding import MESH_AXES, RULES, batch_sharding, batch_shards, make_mesh, place, shardings
 
 CONFIG = DecoderConfig(vocab=32, model=16, layers=2, query_heads=4, kv_heads=2, head_dim=8, feed_forward=32)
 SHAPES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
@@ -21,7 +21,8 @@ def test_the_table_knows_every_axis_of_every_weight():
     table = (critic_specs(CONFIG), specs(DecoderConfig(tied=False, qkv_bias=False)))
     leaves = jax.tree.leaves(table, is_leaf=lambda leaf: hasattr(leaf, "axes"))
     assert {axis for spec in leaves for axis in spec.axes if axis} | {"batch"} == set(RULES)
-    assert {where for where in RULES.values() if where} == set(MESH_AXES)
+    places = {where if isinstance(where, tuple) else (where,) for where in RULES.values() if where}
+    assert {axis for place in places for axis in place} == set(MESH_AXES)
     for spec in leaves:
         placed = [RULES[axis] for axis in spec.axes if axis and RULES[axis]]
         assert len(placed) == len(set(placed)), f"{spec.axes} would be split over one mesh axis twice"
@@ -90,13 +91,16 @@ def test_any_record_with_shape_and_axes_is_a_spec():
     with pytest.raises(InputError, match=r"unknown axis of x; got size\. Use one of vocab, model"):
         shardings(table, make_mesh(8))
     found = shardings({"w": table["w"]}, make_mesh(8))
-    assert found["w"].spec == PartitionSpec("data", None)
+    assert found["w"].spec == PartitionSpec(("data", "fsdp"), None)
 
 
-def test_rows_are_split_over_data_and_repeated_elsewhere():
-    rows = place(np.arange(8), batch_sharding(make_mesh(4, 1, 2)))
+@pytest.mark.parametrize("shape", [(4, 1, 2), (2, 2, 2), (1, 4, 2)])
+def test_rows_are_split_over_data_and_fsdp_and_repeated_over_tensor(shape):
+    mesh = make_mesh(*shape)
+    rows = place(np.arange(8), batch_sharding(mesh))
     parts = [tuple(np.asarray(shard.data)) for shard in rows.addressable_shards]
     assert sorted(parts) == sorted([(i, i + 1) for i in (0, 2, 4, 6)] * 2)
+    assert batch_shards(mesh) == 4
 
 
 # ---------------------------------------------------------------- the same numbers

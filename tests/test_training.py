@@ -15,7 +15,7 @@ from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import is_spec
 from jraggym.objectives.forward import token_logprobs
 from jraggym.objectives.sft import sft_loss
-from jraggym.training import Optimization, Run, fit, init_state, make_step
+from jraggym.training import Optimization, Run, Step, fit, init_state
 
 
 def sft(weights, batch, frozen, key):
@@ -44,7 +44,7 @@ def test_steps_reduce_the_loss_and_leave_the_given_weights_alone():
     before = jax.tree.map(np.copy, weights)
     optimization = Optimization(steps=30, rate=1e-2, matrix_rate=2e-2, warmup=3)
     optimizer = optimization.build()
-    state, step, losses = init_state(weights, optimizer), make_step(sft, optimizer), []
+    state, step, losses = init_state(weights, optimizer), Step(sft, optimizer), []
     for _ in range(30):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -64,17 +64,18 @@ def test_one_compilation_for_each_batch_shape():
         return quadratic(weights, batch, frozen, key)
 
     optimizer = optax.sgd(0.1)
-    state, step = init_state(SMALL, optimizer), make_step(counted, optimizer)
+    state, step = init_state(SMALL, optimizer), Step(counted, optimizer)
     for seed, rows in enumerate((2, 2, 3, 2, 3)):
         state, _ = step(state, random_batch(seed, rows=rows), jnp.float32(seed))
     assert traced == [(2, 4), (3, 4)]
+    assert step.compilations == 2
 
 
 def test_the_state_is_donated():
     optimizer = Optimization(steps=4).build()
     given = {"w": jnp.asarray(SMALL["w"])}
     old = init_state(given, optimizer)
-    new, _ = make_step(quadratic, optimizer)(old, random_batch(), jnp.float32(0))
+    new, _ = Step(quadratic, optimizer)(old, random_batch(), jnp.float32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old) if leaf.ndim), "a step must reuse the state's memory"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
     assert not given["w"].is_deleted(), "the caller's weights are copied first"
@@ -86,7 +87,7 @@ def test_frozen_weights_are_read_and_get_no_gradient():
         return loss, {"loss": loss}
 
     optimizer, frozen = optax.sgd(1.0), {"w": jnp.full((1, 2, 3), 7.0)}
-    state, step = init_state(SMALL, optimizer), make_step(objective, optimizer)
+    state, step = init_state(SMALL, optimizer), Step(objective, optimizer)
     for _ in range(40):
         state, _ = step(state, random_batch(), frozen)
     np.testing.assert_allclose(state.weights["w"], 7.0, atol=1e-3)
@@ -103,7 +104,7 @@ def test_eight_devices_give_the_same_as_one():
     optimizer, batches = optax.sgd(0.5), [random_batch(seed, rows=8, candidates=2, action=3) for seed in range(3)]
     one = init_state(random_decoder(), optimizer)
     many = jax.device_put(init_state(random_decoder(), optimizer), whole)
-    step = make_step(sft, optimizer)
+    step = Step(sft, optimizer)
     for batch in batches:
         one, expected = step(one, batch)
         many, found = step(many, jax.device_put(batch, split))
@@ -180,7 +181,7 @@ class Rewards:
 def by_hand():
     optimization = Optimization(steps=6, matrix_rate=0.0, rate=0.1)
     optimizer = optimization.build()
-    state, step = init_state(SMALL, optimizer), make_step(quadratic, optimizer)
+    state, step = init_state(SMALL, optimizer), Step(quadratic, optimizer)
     for i in range(6):
         state, _ = step(state, random_batch(i), jnp.float32(0))
     return optimization, state.weights

@@ -57,7 +57,7 @@ SAMPLES = [
     Turn(Search("q"), (Document("d", "title", "text"),), "error"),
     State("q", (Turn(Search("q")),), "a", True),
     Example("e", "q", ("a",), "kind", ("d",)),
-    Candidate("text", 1.0, 0.5, -0.5, ("d",)),
+    Candidate("text", 1.0, 0.5, -0.5, ("d",), (3, 4), (-0.25, -0.25)),
     Step(State("q"), (Candidate("text"),), 0),
     Trajectory("e", (Step(State("q"), (Candidate("text"),), 0),), State("q", answer="a")),
 ]

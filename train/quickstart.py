@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
-import numpy as np
 import tyro
 
 from configs.quickstart import PRESETS
 from eval.report import write_report
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.evaluation import Row
-from jraggym.models.bert import BertEncoder, minilm_path
 from jraggym.recipes.quickstart import (
     Workshop,
     collect_round,
@@ -34,16 +29,13 @@ from jraggym.recipes.quickstart import (
     optimise_preferences,
     successful,
     train_critic,
-    train_tokenizer,
     warm_longer,
     warm_start,
 )
 from jraggym.recipes.rows import Evaluator, Models, agents
 from jraggym.recipes.settings import Settings
-from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
-from jraggym.retrieval.encoder import TfidfEncoder, embed
-from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Trajectory, to_json, trajectory_from_json
+from train.job import claim, prepare, write
 from train.results import Console, gather, scores, show
 
 
@@ -72,14 +64,14 @@ def run(arguments: Arguments) -> None:
     """Does all stages and writes results.json and report.html."""
     console = Console()
     settings = _settings(arguments)
-    _quiet()
-    _claim(arguments, settings)
-    shop = _prepare(arguments, settings, console)
+    claim(arguments.out, {"dataset": arguments.dataset, "settings": settings.fingerprint()})
+    with console.stage("world, indexes and tokenizer", arguments.dataset):
+        shop = prepare(settings, arguments.dataset, arguments.data_dir, arguments.out, console.progress)
     models, records = _train(shop, console)
     rows, runs = _evaluate(shop, models, console)
     results = gather(shop, console, rows, runs, records)
-    _write(arguments.out / "results.json", json.dumps(results, indent=1))
-    _write(arguments.out / "scores.json", json.dumps(scores(rows, settings)))
+    write(arguments.out / "results.json", json.dumps(results, indent=1))
+    write(arguments.out / "scores.json", json.dumps(scores(rows, settings)))
     write_report(results, arguments.out / "report.html")
     show(results, arguments.out)
 
@@ -91,79 +83,6 @@ def _settings(arguments: Arguments) -> Settings:
         raise InputError("hotpotqa needs its files", got="no --data-dir", remedy="Add --data-dir FOLDER.")
     settings = dataclasses.replace(PRESETS[arguments.dataset], seed=arguments.seed)
     return settings.smoke() if arguments.smoke else settings
-
-
-def _quiet() -> None:
-    logging.disable(logging.INFO)
-
-
-def _claim(arguments: Arguments, settings: Settings) -> None:
-    """Makes sure that `out` is new or belongs to the same job; keeps compiled programs there."""
-    job = {"dataset": arguments.dataset, "settings": json.loads(json.dumps(settings.fingerprint()))}
-    path = arguments.out / "job.json"
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if json.loads(path.read_text()) != job:
-                raise InputError(
-                    f"{arguments.out} holds a job of other settings", got=path, remedy="Name another --out folder."
-                )
-        else:
-            _write(path, json.dumps(job, indent=1))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot use {arguments.out}", got=error, remedy="Name another --out folder.") from error
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
-def _prepare(arguments: Arguments, settings: Settings, console: Console) -> Workshop:
-    with console.stage("world, indexes and tokenizer", arguments.dataset):
-        sizes = {
-            "train": settings.demonstrations + 2 * settings.collected,
-            "development": settings.development,
-            "test": settings.test,
-        }
-        if arguments.dataset == "synthhop":
-            task = synthhop_task(settings.seed, **sizes)
-        else:
-            assert arguments.data_dir is not None
-            task = hotpotqa_task(arguments.data_dir, **sizes)
-        train, test = (_retriever(split, task, settings, console, arguments.out) for split in (task.train, task.test))
-        tokenizer = train_tokenizer(task, settings)
-        _write_bytes(arguments.out / "tokenizer.model", tokenizer.model)
-    return Workshop(settings, task, train, test, tokenizer, arguments.out, console.progress)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
-
-
-def _retriever(split: Split, task: Task, settings: Settings, console: Console, out: Path) -> HybridRetriever:
-    if task.name == "synthhop":
-        return HybridRetriever(
-            split.corpus, TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector), k=settings.documents
-        )
-    encoder = BertEncoder.load(minilm_path())
-    texts, kept = split.corpus.texts(), out / f"vectors-{split.corpus.fingerprint}.npy"
-    if not kept.exists():
-        vectors = embed(encoder, texts, progress=partial(_report, console, "embed", len(texts)))
-        _save_vectors(kept, vectors)
-    return HybridRetriever(split.corpus, encoder, k=settings.documents, vectors=np.load(kept))
-
-
-def _save_vectors(path: Path, vectors: np.ndarray) -> None:
-    scratch = path.with_name(path.stem + ".tmp.npy")
-    np.save(scratch, vectors)
-    os.replace(scratch, path)
 
 
 def _report(console: Console, name: str, total: int, done: int) -> None:
@@ -216,7 +135,7 @@ def _evaluate(
             path = folder / f"{agent.name.replace(' ', '-').replace(',', '').replace('+', 'and')}.jsonl"
             if not path.exists():
                 found = evaluator.run(agent, partial(_report, console, agent.name, total))
-                _write(path, "".join(json.dumps(to_json(t)) + "\n" for t in found))
+                write(path, "".join(json.dumps(to_json(t)) + "\n" for t in found))
             runs[agent.name] = [trajectory_from_json(json.loads(line)) for line in path.read_text().splitlines()]
             rows[agent.name] = evaluator.score(agent, runs[agent.name])
         rows["oracle"] = evaluator.oracle()

@@ -39,24 +39,24 @@ def leave_one_out(reward: Array, mask: Array) -> Array:
     return mean_only(reward, mask) * jnp.where(count > 1, count / jnp.maximum(count - 1, 1), 1)
 
 
-GROUP_ADVANTAGES = {
-    "standardised": standardised,
-    "mean_only": mean_only,
-    "leave_one_out": leave_one_out,
-    "global": mean_only,  # then `whiten` over the tokens of the whole batch (REINFORCE++-baseline, arXiv 2501.03262)
-}
+# "global" is REINFORCE++-baseline (arXiv 2501.03262): `mean_only`, then `whiten` over the tokens of the whole batch
+GROUP_ADVANTAGES = ("standardised", "mean_only", "leave_one_out", "global")
 
 
-def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array) -> Array:
+def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array, *, eps: float = 1e-6) -> Array:
     """One of GROUP_ADVANTAGES, spread over the policy's own tokens.
 
-    Args: reward [B, K]; mask bool [B, K]; tokens bool [B, K, A]: where the loss reads.
+    Args: reward [B, K]; mask bool [B, K]; tokens bool [B, K, A]: where the loss reads; eps: see `standardised`.
     Returns: [B, K, A], 0 elsewhere. Raises InputError for an unknown kind.
     """
     if kind not in GROUP_ADVANTAGES:
         raise InputError("unknown advantage", got=kind, remedy=f"Use one of {', '.join(GROUP_ADVANTAGES)}.")
     tokens = tokens & mask[:, :, None]
-    spread = jnp.where(tokens, GROUP_ADVANTAGES[kind](reward, mask)[:, :, None], 0.0)
+    if kind == "standardised":
+        advantage = standardised(reward, mask, eps=eps)
+    else:
+        advantage = leave_one_out(reward, mask) if kind == "leave_one_out" else mean_only(reward, mask)
+    spread = jnp.where(tokens, advantage[:, :, None], 0.0)
     return whiten(spread, tokens) if kind == "global" else spread
 
 

@@ -10,9 +10,10 @@ goes on where it stopped. Controls get the same data and steps with rewards deal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 
 from jraggym import steps
+from jraggym.batch import ProcessBatch
 from jraggym.checkpoint import Checkpointer
 from jraggym.collection import collect
 from jraggym.data.plan import demonstrate
@@ -37,13 +39,13 @@ from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
 from jraggym.text.actions import format_action
-from jraggym.text.batching import Batches, Codec, Row, buckets, collate
+from jraggym.text.batching import EMPTY_ROW, Batches, Codec, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.training import BatchSource, Metrics, Run, fit
+from jraggym.training import BatchSource, Run, fit
 from jraggym.types import Answer, Search
 
-Progress = Callable[[str, int, int, Metrics | None], None]  # (stage, done, total, metrics)
+Progress = Callable[[str, int, int, Mapping[str, Any] | None], None]  # (stage, done, total, metrics)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Workshop:
     task: Task
     train_retriever: HybridRetriever
     test_retriever: HybridRetriever
+    development_retriever: HybridRetriever | None
     tokenizer: SentencePieceTokenizer
     out: Path
     progress: Progress
@@ -90,9 +93,18 @@ def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
 
 def warm_start(shop: Workshop, rows: Sequence[Row]) -> Decoder:
     """SFT from scratch on imperfect demonstrations, whole episodes at a time."""
-    weights = with_induction_head(init(specs(shop.config), shop.key("actor")), shop.config)
-    data = _whole_episodes(shop, rows, shop.settings.short_first)
-    return shop.fit("warm start", weights, Run(imitation(shop.config), shop.settings.warm_start, data))
+    run = Run(imitation(shop.config), shop.settings.warm_start, warm_start_data(shop, rows))
+    return shop.fit("warm start", warm_start_weights(shop), run)
+
+
+def warm_start_weights(shop: Workshop) -> Decoder:
+    """Random weights with a rough induction head."""
+    return with_induction_head(init(specs(shop.config), shop.key("actor")), shop.config)
+
+
+def warm_start_data(shop: Workshop, rows: Sequence[Row]) -> Batches:
+    """Whole episodes, the short ones first."""
+    return _whole_episodes(shop, rows, shop.settings.short_first)
 
 
 def warm_longer(shop: Workshop, warm: Decoder, rows: Sequence[Row]) -> Decoder:
@@ -196,22 +208,37 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
 
     `shuffle` deals each state's rewards anew among its distinct candidates: the control.
     """
-    settings = shop.settings
+    rows = preferences(shop, records)
+    if shuffle:
+        rows = [_dealt(row, f"{shop.settings.seed}/{number}") for number, row in enumerate(rows)]
+    return shuffled(shop, rows)
+
+
+def preferences(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
+    """The states with a good candidate beside a worse one; InputError when there is none."""
     records = list(records)
     useful = [row for record in records if (row := _row(shop, record)) is not None]
-    if shuffle:
-        useful = [_dealt(row, f"{settings.seed}/{number}") for number, row in enumerate(useful)]
     if not useful:
         raise InputError(
             "no state has a good candidate beside a worse one",
             got=f"{len(records)} states",
             remedy="Train the warm start longer, or collect more questions.",
         )
+    return useful
 
-    def to_batch(chosen):
-        return collate(chosen, prompt=settings.max_prompt, action=settings.max_action, candidates=settings.contrasts)
 
-    return batches(useful, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
+def shuffled(shop: Workshop, rows: Sequence[Row]):
+    """Endless batches of the rows, through grain."""
+    settings = shop.settings
+    to_batch = functools.partial(batch_of, shop)
+    return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
+
+
+def batch_of(shop: Workshop, rows: Sequence[Row], size: int = 0) -> ProcessBatch:
+    """The rows, and empty ones behind them up to `size`."""
+    settings, empty = shop.settings, [EMPTY_ROW] * (size - len(rows))
+    shape = {"prompt": settings.max_prompt, "action": settings.max_action, "candidates": settings.contrasts}
+    return collate([*rows, *empty], **shape)
 
 
 def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:

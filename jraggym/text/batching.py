@@ -12,7 +12,7 @@ from jraggym.errors import InputError
 from jraggym.text.actions import format_action
 from jraggym.text.rendering import FINISH, render, render_turn
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.types import Answer, Search, State
+from jraggym.types import Answer, Candidate, Search, State, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,17 @@ class Row:
     loss_masks: list[list[bool]]
     rewards: list[float]
     distinct: list[bool]  # candidates that count: labelled, and not the same text as an earlier one
+    logprobs: list[list[float]] | None = None  # of the sampling policy, for each token; 0 where it drew none
+    step_rewards: list[list[float]] | None = None  # on the last token of each step of an episode, 0 elsewhere
+    reference: list[list[float]] | None = None  # log-probabilities of a frozen reference, for each token
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Prompt tokens and the longest action's tokens."""
         return len(self.prompt), max(map(len, self.actions))
+
+
+EMPTY_ROW = Row([0], [[]], [[]], [0.0], [False])  # fills a batch up; no objective reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,51 @@ class Codec:
         ]
         values = [0.0 if r is None else r for r in rewards]
         return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], values, distinct)
+
+    def samples(self, state: State, candidates: Sequence[Candidate]) -> Row:
+        """A state with its K candidates as they were sampled, token by token; equal ones all count."""
+        ids = [list(candidate.tokens) for candidate in candidates]
+        labelled = [candidate.reward is not None and bool(i) for candidate, i in zip(candidates, ids, strict=True)]
+        rewards = [candidate.reward or 0.0 for candidate in candidates]
+        logprobs = [list(candidate.logprobs) for candidate in candidates]
+        return Row(self.prompt(state), ids, [[True] * len(i) for i in ids], rewards, labelled, logprobs)
+
+    def transcripts(self, group: Sequence[Trajectory], rewards: Sequence[float], baseline: float = 0.0) -> Row:
+        """K episodes of one question as K candidates: what the policy sampled counts, what came back does not.
+
+        Every token stands behind exactly those that the policy saw when it drew it. Where a later prompt would show
+        something else (a malformed action or one spelt unusually is rendered anew, and a long prompt loses its oldest
+        segments), the transcript ends with that action. A step that was judged has its reward minus `baseline`.
+        """
+        prompt = [i for s in self.tokenizer.encode(render(group[0].steps[0].state, self.max_turns)) for i in s]
+        parts = [self._transcript(trajectory, len(prompt), baseline) for trajectory in group]
+        ids, counts, logprobs, step_rewards = (list(column) for column in zip(*parts, strict=True))
+        return Row(prompt, ids, counts, list(rewards), [True] * len(group), logprobs, step_rewards)
+
+    def _transcript(self, trajectory: Trajectory, before: int, baseline: float):
+        """Ids, whether the policy drew them, their log-probabilities, and the steps' rewards."""
+        ids: list[int] = []
+        counts: list[bool] = []
+        logprobs: list[float] = []
+        rewards: list[float] = []
+        for step, following in zip(trajectory.steps, (*trajectory.steps[1:], None), strict=True):
+            drawn = step.candidates[step.chosen]
+            ids += drawn.tokens
+            counts += [True] * len(drawn.tokens)
+            logprobs += drawn.logprobs
+            rewards += [0.0] * (len(drawn.tokens) - 1) + [0.0 if drawn.reward is None else drawn.reward - baseline]
+            if following is None:
+                break
+            old, new = (render(state, self.max_turns) for state in (step.state, following.state))
+            action, *observed = self.tokenizer.encode(new[len(old) :])
+            back = [i for segment in observed for i in segment]
+            if tuple(action) != drawn.tokens or before + len(ids) + len(back) > self.max_prompt:
+                break
+            ids += back
+            counts += [False] * len(back)
+            logprobs += [0.0] * len(back)
+            rewards += [0.0] * len(back)
+        return ids, counts, logprobs, rewards
 
     def episode(self, final: State) -> Row:
         """A whole finished episode as one candidate: the policy's actions count, what came back does not.
@@ -99,6 +150,8 @@ def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, p
         reward=np.zeros((b, k), np.float32),
         candidate_mask=np.zeros((b, k), bool),
         behaviour_logprob=np.zeros((b, k, action), np.float32),
+        reference_logprob=np.zeros((b, k, action), np.float32) if any(row.reference for row in rows) else None,
+        token_reward=np.zeros((b, k, action), np.float32) if any(row.step_rewards for row in rows) else None,
     )
     for i, row in enumerate(rows):
         longest = row.sizes
@@ -116,6 +169,12 @@ def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, p
             batch.loss_mask[i, j, : len(ids)] = row.loss_masks[j]
             batch.reward[i, j] = row.rewards[j]
             batch.candidate_mask[i, j] = row.distinct[j]
+            if row.logprobs is not None:
+                batch.behaviour_logprob[i, j, : len(ids)] = row.logprobs[j]
+            if row.reference is not None and batch.reference_logprob is not None:
+                batch.reference_logprob[i, j, : len(ids)] = row.reference[j][: len(ids)]
+            if row.step_rewards is not None and batch.token_reward is not None:
+                batch.token_reward[i, j, : len(ids)] = row.step_rewards[j]
     return batch
 
 

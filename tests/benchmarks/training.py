@@ -35,7 +35,7 @@ from jraggym.models.decoder import (
 from jraggym.models.likelihood import chunked_logprobs
 from jraggym.objectives.dpo import dpo_loss
 from jraggym.objectives.forward import token_logprobs
-from jraggym.training import Metrics, init_state, make_step
+from jraggym.training import Metrics, Step, init_state
 
 BETA = 0.1
 TOLERANCE = 1e-5
@@ -143,7 +143,7 @@ def measure(
 ) -> tuple[float, float]:
     """(loss of the first step, best seconds per step) of AdamW steps; the first one compiles and is not timed."""
     optimizer = optax.adamw(1e-3)
-    step = make_step(objective, optimizer)
+    step = Step(objective, optimizer)
     state, metrics = step(init_state(weights, optimizer), batch, frozen)
     loss, best = float(metrics["loss"]), float("inf")
     for _ in range(repeats):

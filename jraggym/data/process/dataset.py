@@ -1,6 +1,6 @@
 """Process data as a tensorflow-datasets dataset in ArrayRecord; needs no TensorFlow.
 
-    directory/jraggym_process/1.0.0/   readable by anyone: tfds.data_source("jraggym_process", data_dir=directory)
+    directory/jraggym_process/2.0.0/   readable by anyone: tfds.data_source("jraggym_process", data_dir=directory)
 
 Two fields are JSON text: `state` (of `types.State`) and each candidate's `documents` (a list of ids),
 since lists of lists need TensorFlow. An absent reward, score or log-probability is NaN.
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from jraggym.batch import ProcessBatch
 
-NAME, VERSION, SPLIT = "jraggym_process", "1.0.0", "train"
+NAME, VERSION, SPLIT = "jraggym_process", "2.0.0", "train"
+_NUMBERS, _LISTS = ("reward", "score", "logprob"), ("documents", "tokens", "logprobs")  # of a candidate, in its order
 _DESCRIPTION = """One record is one state of one episode of a search agent with its K sampled candidates, the process
 reward of each (NaN: unlabelled), and the index of the executed one."""
 
@@ -76,7 +77,7 @@ def _features() -> tfds.features.FeaturesDict:
     text = tfds.features.Text()
     # As bytes: a plain float feature is stored with 32 bits, and would not give back the number that was collected.
     number = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES)
-    candidate = {"text": text, "reward": number, "score": number, "logprob": number, "documents": text}
+    candidate = {"text": text, **dict.fromkeys(_NUMBERS, number), **dict.fromkeys(_LISTS, text)}
     return tfds.features.FeaturesDict(
         {
             **dict.fromkeys(("id", "example_id", "question", "state", "prompt"), text),
@@ -103,8 +104,8 @@ def to_example(record: ProcessRecord) -> dict[str, Any]:
         "candidates": [
             {
                 "text": candidate.text,
-                **{name: _or_nan(getattr(candidate, name)) for name in ("reward", "score", "logprob")},
-                "documents": json.dumps(candidate.documents, ensure_ascii=False),
+                **{name: _or_nan(getattr(candidate, name)) for name in _NUMBERS},
+                **{name: json.dumps(getattr(candidate, name), ensure_ascii=False) for name in _LISTS},
             }
             for candidate in record.candidates
         ],
@@ -117,12 +118,10 @@ def to_example(record: ProcessRecord) -> dict[str, Any]:
 def from_example(example: Mapping[str, Any]) -> ProcessRecord:
     """The record that `to_example` wrote, as read back by tensorflow-datasets."""
     columns, provenance = example["candidates"], example["provenance"]
-    candidates = tuple(
-        Candidate(text.decode(), _or_none(reward), _or_none(score), _or_none(logprob), tuple(json.loads(documents)))
-        for text, reward, score, logprob, documents in zip(
-            *(columns[name] for name in ("text", "reward", "score", "logprob", "documents")), strict=True
-        )
-    )
+    numbers = [map(_or_none, columns[name]) for name in _NUMBERS]
+    lists = [[tuple(json.loads(text)) for text in columns[name]] for name in _LISTS]
+    texts = [text.decode() for text in columns["text"]]
+    candidates = tuple(Candidate(*fields) for fields in zip(texts, *numbers, *lists, strict=True))
     return ProcessRecord(
         example_id=example["example_id"].decode(),
         step=int(example["step"]),

@@ -1,0 +1,216 @@
+"""On-policy training, GRPO and PPO alike:
+
+    for each iteration:   roll out the present policy -> rewards -> experience -> epochs of jitted steps
+
+Everything is a pure function of (settings, iteration, weights), so a killed run that is called again ends with the same
+bits. Sampler and trainer compute the same log-probabilities by different programs: how far they differ is reported at
+every iteration, and a gap that grows means that the gradient is no longer on-policy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from jraggym import steps
+from jraggym.batch import ProcessBatch
+from jraggym.checkpoint import Checkpointer
+from jraggym.errors import InputError
+from jraggym.experience import GRPO, PPO, grpo_experience, ppo_experience_maker
+from jraggym.gathering import Gathered, Gatherer
+from jraggym.models.critic import Critic
+from jraggym.models.lora import merge
+from jraggym.objectives.policy import Experience
+from jraggym.rollout import Policy
+from jraggym.steps import Network
+from jraggym.text.batching import EMPTY_ROW, Row, collate
+from jraggym.training import Optimization, TrainState, Watch, abstract, init_state, placed, shared_step
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is sampled and how often it is used. Each update reads `rows` groups of one iteration."""
+
+    iterations: int = 20
+    updates: int = 2  # in an epoch; an iteration uses at most rows * updates groups, drawn at random from its own
+    rows: int = 32
+    epochs: int = 1
+    prompt: int = 144  # P
+    action: int = 16  # A; of whole episodes if these are the groups
+    candidates: int = 8  # K
+
+    @property
+    def total_steps(self) -> int:
+        return self.iterations * self.epochs * self.updates
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """One on-policy run. Under LoRA the trained weights are adapters, and `frozen` is base and reference in one."""
+
+    net: Network
+    algorithm: GRPO | PPO
+    optimization: Optimization  # its steps are those of the schedule
+    gather: Gatherer
+    schedule: Schedule
+    frozen: Any = None  # the reference, where the algorithm needs one; the base under LoRA
+    value_optimization: Optimization | None = None  # PPO
+    reward_critic: Critic | None = None  # scores the candidates instead of a judge (RAG-Gym's PPO)
+    seed: int = 0
+    mesh: Mesh | None = None
+
+
+@struct.dataclass
+class OnPolicyState:
+    """Everything that an iteration changes."""
+
+    policy: TrainState
+    value: TrainState | None
+    kl_weight: Array  # f32, of the KL in PPO's reward
+
+
+def train_on_policy(
+    job: OnPolicy,
+    weights: Any,
+    value_weights: Critic | None = None,
+    checkpointer: Checkpointer | None = None,
+    *,
+    every: int = 5,
+    report: Report | None = None,
+    evaluate: Callable[[int, Policy], None] | None = None,
+) -> OnPolicyState:
+    """Runs all iterations and returns the final state; resumes from the newest checkpoint.
+
+    Saves after every `every` iterations and at the end. `report` gets (iterations done, metrics); `evaluate` gets
+    (iterations done, policy) at the start and before each save. Raises InputError when a metric is not finite, naming
+    the step; the last checkpoint stays as it is.
+    """
+    _check(job, value_weights)
+    state = _start(job, weights, value_weights)
+    if checkpointer is not None and checkpointer.latest() is not None:
+        state, _ = checkpointer.restore(jax.tree.map(abstract, state))
+    elif evaluate is not None:
+        evaluate(0, policy_of(job, state))
+    steps_each = job.schedule.epochs * job.schedule.updates
+    for iteration in range(int(state.policy.step) // steps_each, job.schedule.iterations):
+        gathered = job.gather(policy_of(job, state), iteration)
+        state, metrics = _improve(job, state, gathered, iteration)
+        last = iteration + 1 == job.schedule.iterations
+        if report is not None:
+            report(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
+        if last or (iteration + 1) % every == 0:
+            if evaluate is not None:
+                evaluate(iteration + 1, policy_of(job, state))
+            if checkpointer is not None:
+                checkpointer.save(iteration + 1, state, {"iteration": iteration + 1})
+    return state
+
+
+def _check(job: OnPolicy, value_weights: Critic | None) -> None:
+    if isinstance(job.algorithm, PPO) and (value_weights is None or job.value_optimization is None):
+        raise InputError("PPO needs a value function", got="none", remedy="Give value weights and their optimization.")
+    if job.algorithm.needs_reference and job.frozen is None:
+        raise InputError("a KL term needs a reference", got="frozen=None", remedy="Give the starting weights.")
+
+
+def _start(job: OnPolicy, weights: Any, value_weights: Critic | None) -> OnPolicyState:
+    value = None
+    if value_weights is not None and isinstance(job.algorithm, PPO):
+        value = init_state(value_weights, _optimization(job, job.value_optimization).build())
+    kl_weight = job.algorithm.reward_kl_weight if isinstance(job.algorithm, PPO) else 0.0
+    policy = init_state(weights, _optimization(job, job.optimization).build())
+    return OnPolicyState(policy, value, jnp.float32(kl_weight))
+
+
+def _optimization(job: OnPolicy, optimization: Optimization | None) -> Optimization:
+    assert optimization is not None
+    return replace(optimization, steps=job.schedule.total_steps)
+
+
+def policy_of(job: OnPolicy, state: OnPolicyState) -> Policy:
+    """Who samples: the trained weights, under LoRA merged into their base."""
+    actor = state.policy.weights
+    if job.net.lora is not None:
+        actor = _merged(job.frozen, actor, job.net.lora)
+    return Policy(job.net.config, actor, job.reward_critic)
+
+
+def _improve(
+    job: OnPolicy, state: OnPolicyState, gathered: Gathered, iteration: int
+) -> tuple[OnPolicyState, dict[str, float]]:
+    """All epochs on one iteration's groups."""
+    batch, too_long = _batch(job.schedule, gathered.rows, (job.seed, iteration))
+    experience, sampled = _experience(job, state, placed(batch, job.mesh))
+    metrics = {name: float(x) for name, x in sampled.items()} | {"too_long": float(too_long)}
+    policy, value, means = _epochs(job, state, experience, iteration)
+    kl_weight = float(state.kl_weight)
+    if isinstance(job.algorithm, PPO) and job.algorithm.adaptive is not None:
+        kl_weight = job.algorithm.adaptive.update(kl_weight, metrics["kl_reference"], int(metrics["sequences"]))
+        metrics["kl_weight"] = kl_weight
+    return OnPolicyState(policy, value, jnp.float32(kl_weight)), metrics | means
+
+
+def _epochs(
+    job: OnPolicy, state: OnPolicyState, experience: Experience, iteration: int
+) -> tuple[TrainState, TrainState | None, dict[str, float]]:
+    """The updates on one experience, and the means of their metrics."""
+    schedule, watch, seen = job.schedule, Watch(), []
+    policy, value = state.policy, state.value
+    policy_step = shared_step(steps.policy(job.net, job.algorithm.loss), _optimization(job, job.optimization))
+    for epoch in range(schedule.epochs):
+        order = np.random.default_rng((job.seed, iteration, epoch)).permutation(schedule.rows * schedule.updates)
+        for update in range(schedule.updates):
+            part = placed(_pick(experience, order[update * schedule.rows :][: schedule.rows]), job.mesh)
+            number = (iteration * schedule.epochs + epoch) * schedule.updates + update
+            policy, found = policy_step(policy, part, job.frozen, job.seed)
+            if value is not None and isinstance(job.algorithm, PPO):
+                objective = steps.value(job.net, clip=job.algorithm.value_clip)
+                value_step = shared_step(objective, _optimization(job, job.value_optimization))
+                value, fitted = value_step(value, part, job.frozen, job.seed)
+                found = found | {"value_loss": fitted["loss"], "explained": fitted["explained"]}
+            watch.look(number, found)
+            seen.append(found)
+    watch.finish()
+    return policy, value, {name: float(np.mean([float(found[name]) for found in seen])) for name in seen[0]}
+
+
+def _experience(job: OnPolicy, state: OnPolicyState, batch: ProcessBatch) -> tuple[Experience, dict[str, Array]]:
+    net = replace(job.net, parts=job.net.parts * job.schedule.updates)
+    if isinstance(job.algorithm, GRPO):
+        return _grpo(net, job.algorithm)(state.policy.weights, job.frozen, batch)
+    assert state.value is not None
+    make = _ppo(net, job.algorithm)
+    return make(state.policy.weights, state.value.weights, job.frozen, batch, state.kl_weight)
+
+
+_merged = jax.jit(merge, static_argnums=2)
+_grpo, _ppo = functools.cache(grpo_experience), functools.cache(ppo_experience_maker)
+_pick = jax.jit(lambda experience, rows: jax.tree.map(lambda x: x[rows], experience))
+
+
+def _batch(schedule: Schedule, rows: Sequence[Row], seed: tuple[int, int]) -> tuple[ProcessBatch, int]:
+    """Exactly rows * updates groups, and how many did not fit (P, A).
+
+    A random part of the fitting ones, or all of them and then empty ones that no objective reads.
+    """
+    size, limit = schedule.rows * schedule.updates, (schedule.prompt, schedule.action)
+    fitting = [row for row in rows if row.sizes[0] <= limit[0] and row.sizes[1] <= limit[1]]
+    if not fitting:
+        got = f"{len(rows)} groups, none within {limit} tokens"
+        raise InputError("an iteration brought no group", got=got, remedy="Look at the rewards, or widen the schedule.")
+    order = np.random.default_rng((*seed, 2**31)).permutation(len(fitting))[:size]
+    chosen = [fitting[i] for i in order]
+    chosen += [EMPTY_ROW] * (size - len(chosen))
+    shape = {"prompt": schedule.prompt, "action": schedule.action, "candidates": schedule.candidates}
+    return collate(chosen, **shape), len(rows) - len(fitting)

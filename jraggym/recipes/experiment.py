@@ -1,0 +1,125 @@
+"""What every training experiment has in common: the world, the devices, the network and the final measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jraggym.errors import InputError
+from jraggym.metrics import bootstrap_interval
+from jraggym.model_folder import Model
+from jraggym.models.decoder import Decoder, init, specs
+from jraggym.models.lora import Lora, lora_specs, merge
+from jraggym.recipes.quickstart import Workshop
+from jraggym.recipes.rows import Agent, Evaluator
+from jraggym.recipes.settings import Settings
+from jraggym.sharding import make_mesh, place, shardings
+from jraggym.steps import Network
+
+Log = Callable[[str, int, Mapping[str, Any]], None]  # (group, step, metrics)
+SPLITS = ("development", "test")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The mesh: rows over data and fsdp, widths over fsdp, heads and vocabulary over tensor."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def mesh(self) -> Mesh | None:
+        """None for a single device."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        return None if sizes == (1, 1, 1) else make_mesh(*sizes)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The fields of all experiments."""
+
+    out: Path
+    """Folder of checkpoints, metrics and the final model; an unfinished job is continued."""
+    seed: int = 0
+    """Decides the world, the initial weights and every draw."""
+    dataset: str = "synthhop"
+    """synthhop (made up, embedded) or hotpotqa (needs --data-dir and the `offline` extra)."""
+    data_dir: Path | None = None
+    """Folder with the official HotpotQA json files."""
+    settings: Settings = field(default_factory=Settings)
+    """The world and the shapes of batches and rollouts."""
+    lora: Lora | None = None
+    """Train adapters instead of all weights; the model that is written has them merged."""
+    parts: int = 1
+    """Micro-batches of an update."""
+    devices: Devices = field(default_factory=Devices)
+    every: int = 100
+    """Steps (on-policy: iterations) between checkpoints."""
+    evaluate: str = "development"
+    """Split of the greedy evaluation; tune on development, look at test once."""
+    wandb: str | None = None
+    """Weights & Biases project; metrics always go to OUT/tensorboard."""
+
+    def __post_init__(self) -> None:
+        if self.evaluate not in SPLITS:
+            raise InputError("unknown split", got=self.evaluate, remedy=f"Use one of {', '.join(SPLITS)}.")
+
+    def seeded(self) -> Settings:
+        """The settings under this experiment's seed."""
+        return dataclasses.replace(self.settings, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A decoder made ready for training: what is trained, what is frozen, and on which devices."""
+
+    net: Network
+    weights: Any  # all weights, or adapters
+    frozen: Decoder  # the start: reference policy, and base of the adapters
+    mesh: Mesh | None
+
+    def whole(self, weights: Any) -> Decoder:
+        """Plain decoder weights from trained ones."""
+        return weights if self.net.lora is None else merge(self.frozen, weights, self.net.lora)
+
+
+def placed_decoder(experiment: Experiment, shop: Workshop, start: Decoder) -> Placed:
+    """The start on its devices, with fresh adapters under LoRA."""
+    net = Network(shop.config, experiment.lora, experiment.parts)
+    mesh, table, frozen = experiment.devices.mesh(), specs(shop.config), start
+    if mesh is not None:
+        frozen = place(start, shardings(table, mesh))
+    if experiment.lora is None:
+        return Placed(net, frozen, frozen, mesh)
+    pairs = lora_specs(shop.config, experiment.lora)
+    adapters = init(pairs, shop.key("adapters"))
+    return Placed(net, place(adapters, shardings(pairs, mesh)) if mesh else adapters, frozen, mesh)
+
+
+class Exam:
+    """Greedy evaluation on the experiment's split."""
+
+    def __init__(self, experiment: Experiment, shop: Workshop):
+        split, retriever = shop.task.test, shop.test_retriever
+        if experiment.evaluate == "development":
+            assert shop.development_retriever is not None
+            split, retriever = shop.task.development, shop.development_retriever
+        self._evaluator, self._seed = Evaluator(shop, split, retriever), experiment.seed
+
+    def score(self, actor: Decoder) -> dict[str, Any]:
+        """EM and F1 with 95 % bootstrap intervals, and the searches of a question."""
+        agent = Agent("greedy", "", "", actor)
+        row = self._evaluator.score(agent, self._evaluator.run(agent))
+        found = {"em": float(row.em.mean()), "em_interval": list(bootstrap_interval(row.em, seed=self._seed))}
+        return {**found, "f1": float(row.f1.mean()), "searches": row.costs["searches"], "questions": len(row.em)}
+
+
+def as_model(shop: Workshop, kind: str, weights: Any, about: Mapping[str, Any]) -> Model:
+    """The trained weights with what is needed to use them; brought to one device."""
+    return Model(kind, shop.config, shop.tokenizer, jax.device_get(weights), dict(about))

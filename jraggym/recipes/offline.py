@@ -1,0 +1,182 @@
+"""Training on stored data: SFT, DPO and the critic, each from a starting model to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jraggym import steps
+from jraggym.checkpoint import Checkpointer
+from jraggym.data.process import ProcessRecord, open_dataset
+from jraggym.errors import InputError
+from jraggym.model_folder import Model
+from jraggym.models.critic import critic_specs
+from jraggym.models.decoder import init
+from jraggym.models.lora import lora_specs
+from jraggym.objectives.agreement import Agreement, agreement
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
+from jraggym.recipes.quickstart import (
+    Workshop,
+    batch_of,
+    demonstrations,
+    labelled,
+    preferences,
+    shuffled,
+    successful,
+    warm_start_data,
+    warm_start_weights,
+)
+from jraggym.sharding import place, shardings
+from jraggym.text.batching import Row
+from jraggym.training import Optimization, Run, fit
+
+
+@dataclass(frozen=True)
+class Sft(Experiment):
+    """Supervised fine-tuning, on the world's demonstrations or on the good actions of collected data."""
+
+    model: Path | None = None
+    """Folder of the starting actor; without one it starts from random weights."""
+    data: Path | None = None
+    """Folder of train.collect; without one the demonstrations of the world are imitated."""
+    optimization: Optimization = field(default_factory=lambda: Optimization(560, rate=6e-3, warmup=20))
+    weighted: bool = False
+    """Every candidate, weighted by its reward, instead of the good ones alone."""
+
+
+@dataclass(frozen=True)
+class Dpo(Experiment):
+    """Preference optimisation over all good x worse candidates of a state."""
+
+    model: Path = Path("runs/sft/model")
+    data: Path = Path("runs/collect/data")
+    optimization: Optimization = field(default_factory=lambda: Optimization(80, 0.0, rate=5e-4, warmup=10))
+    beta: float = 0.1
+    ipo: bool = False
+    smoothing: float = 0.0
+    per_token: bool = False
+    nll: float = 1.0
+    below: float = 0.75
+    keep_reference: bool = True
+    """Compute the reference's log-probabilities once and keep them beside the data, instead of at every step."""
+
+
+@dataclass(frozen=True)
+class CriticTraining(Experiment):
+    """A process reward model from the ranked candidates of a state; a tenth of the questions is held out."""
+
+    model: Path = Path("runs/sft/model")
+    data: Path = Path("runs/collect/data")
+    optimization: Optimization = field(default_factory=lambda: Optimization(160, 0.0, rate=1e-3, warmup=10))
+    pairwise: float = 1.0
+    listwise: float = 0.0
+    pointwise: float = 0.5
+    below: float = 0.75
+    centre: float = 0.0
+    soft: bool = False
+    likelihood: bool = True
+    """Add the trunk's own log-probability of the action to the score; see models/critic.py."""
+
+
+def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its evaluation."""
+    ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(shop))
+    if experiment.data is None:
+        batches, share = warm_start_data(shop, demonstrations(shop)), 0.5
+    else:
+        batches, share = labelled(shop, successful(open_dataset(experiment.data))), 1.0
+    objective = steps.sft(dataclasses.replace(ready.net, share=share), weighted=experiment.weighted)
+    return _actor(experiment, shop, ready, Run(objective, experiment.optimization, batches), log)
+
+
+def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its evaluation."""
+    ready = placed_decoder(experiment, shop, start.weights)
+    names = ("beta", "ipo", "smoothing", "per_token", "nll", "below")
+    objective = steps.dpo(ready.net, **{name: getattr(experiment, name) for name in names})
+    rows = preferences(shop, successful(open_dataset(experiment.data)))
+    if experiment.keep_reference:
+        rows = with_reference(shop, ready, rows)
+    return _actor(experiment, shop, ready, Run(objective, experiment.optimization, shuffled(shop, rows)), log)
+
+
+def _actor(experiment: Experiment, shop: Workshop, ready: Placed, run: Run, log: Log) -> tuple[Model, dict[str, Any]]:
+    run = dataclasses.replace(run, frozen=ready.frozen, seed=experiment.seed, mesh=ready.mesh)
+    weights = ready.whole(_fit(experiment, shop, run, ready.weights, log))
+    result = Exam(experiment, shop).score(weights)
+    return as_model(shop, "actor", weights, result), result
+
+
+def _fit(experiment: Experiment, shop: Workshop, run: Run, weights: Any, log: Log) -> Any:
+    name, total = type(experiment).__name__.lower(), run.optimization.steps
+
+    def report(step: int, metrics: dict) -> None:
+        shop.progress(name, step, total, metrics)
+        log(name, step, metrics)
+
+    return fit(run, weights, Checkpointer(shop.out / "checkpoints"), every=experiment.every, report=report)
+
+
+def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 16) -> list[Row]:
+    """The rows with the frozen decoder's log-probabilities, computed once and kept in `out`/reference-*.npy."""
+    digest = hashlib.sha256(repr([(row.prompt, row.actions) for row in rows]).encode()).hexdigest()[:16]
+    path = shop.out / f"reference-{digest}.npy"
+    if not path.exists():
+        run, found = jax.jit(lambda weights, batch: ready.net.logprobs(weights, batch)), []
+        for at in range(0, len(rows), size):
+            found.append(np.asarray(run(ready.frozen, batch_of(shop, rows[at : at + size], size))))
+            shop.progress("reference", min(at + size, len(rows)), len(rows), None)
+        scratch = path.with_name(path.stem + ".tmp.npy")
+        np.save(scratch, np.concatenate(found)[: len(rows)])
+        scratch.replace(path)
+    kept = np.load(path)
+    return [dataclasses.replace(row, reference=kept[i].tolist()) for i, row in enumerate(rows)]
+
+
+def train_critic_model(
+    experiment: CriticTraining, shop: Workshop, start: Model, log: Log
+) -> tuple[Model, dict[str, Any]]:
+    """Returns the critic, and how it agrees with the labels of the held-out questions."""
+    ready = placed_decoder(experiment, shop, start.weights)
+    table: Any = critic_specs(shop.config, likelihood=experiment.likelihood)
+    if experiment.lora is not None:
+        table = dataclasses.replace(table, trunk=lora_specs(shop.config, experiment.lora))
+    critic = dataclasses.replace(init(table, shop.key("critic")), trunk=ready.weights)
+    if ready.mesh is not None:
+        critic = place(critic, shardings(table, ready.mesh))
+    names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
+    objective = steps.critic(ready.net, **{name: getattr(experiment, name) for name in names})
+    learn, held = _held_out(list(open_dataset(experiment.data)))
+    run = Run(objective, experiment.optimization, labelled(shop, learn), ready.frozen, experiment.seed, ready.mesh)
+    critic = _fit(experiment, shop, run, critic, log)
+    whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
+    result = judge_agreement(shop, ready, whole, held)
+    return as_model(shop, "critic", whole, result), result
+
+
+def judge_agreement(shop: Workshop, ready: Placed, critic: Any, records: Sequence[ProcessRecord]) -> dict[str, Any]:
+    """Pair accuracy, accuracy by rank distance and calibration on all states of the records."""
+    net, size, rows = dataclasses.replace(ready.net, lora=None), shop.settings.states, preferences(shop, records)
+    count = jax.jit(lambda weights, batch: agreement(net.scores(weights, batch), batch))
+    parts = [count(critic, batch_of(shop, rows[at : at + size], size)) for at in range(0, len(rows), size)]
+    total: Agreement = functools.reduce(operator.add, parts)
+    return total.summary()
+
+
+def _held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
+    """The records of nine tenths of the questions, and those of the rest."""
+    questions = sorted({record.example_id for record in records})
+    held = set(questions[::10])
+    if len(questions) < 10:
+        raise InputError("too few questions to hold some out", got=len(questions), remedy="Collect ten or more.")
+    parts = ([r for r in records if r.example_id not in held], [r for r in records if r.example_id in held])
+    return parts

@@ -1,0 +1,182 @@
+"""On-policy training, from a starting actor to an actor: GRPO and PPO on fresh rollouts.
+
+rewards    process    the judge's rewards for the K candidates of each visited state
+           critic     a critic's scores for them (RAG-Gym's PPO)
+           outcome    the answer's F1, for K whole episodes of each question
+           steps      the judge's rewards for every step inside whole episodes (PPO)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jraggym.checkpoint import Checkpointer
+from jraggym.episodes import Rules
+from jraggym.errors import InputError
+from jraggym.experience import GRPO, PPO
+from jraggym.gathering import Gatherer
+from jraggym.model_folder import Model, load_model
+from jraggym.models.critic import Critic, critic_specs
+from jraggym.models.decoder import init
+from jraggym.models.lora import lora_specs
+from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
+from jraggym.recipes.quickstart import Workshop
+from jraggym.rollout import Policy, Rollout
+from jraggym.sampling import Sampling
+from jraggym.sharding import place, shardings
+from jraggym.training import Optimization
+
+REWARDS = ("process", "critic", "outcome", "steps")
+
+
+def _adamw(rate: float) -> Optimization:
+    return Optimization(1, matrix_rate=0.0, rate=rate, warmup=3, schedule="constant")  # the schedule sets its steps
+
+
+@dataclass(frozen=True)
+class Sampled(Experiment):
+    """The fields of all on-policy experiments."""
+
+    model: Path = Path("runs/sft/model")
+    """Folder of the starting actor."""
+    rewards: str = "process"
+    """process, critic, outcome or steps; see the top of this module."""
+    critic: Path | None = None
+    """Folder of the critic, for its scores as rewards."""
+    questions: int = 20
+    """Questions of an iteration, each asked `schedule.candidates` times where whole episodes are compared."""
+    select: str = "reward"
+    """Which candidate of a state is executed: reward (the judge's best) or first (a random sample)."""
+    slots: int = 20
+    """Episodes that run at the same time."""
+    schedule: Schedule = field(default_factory=Schedule)
+    optimization: Optimization = field(default_factory=lambda: _adamw(3e-4))
+    every: int = 5
+
+    @property
+    def whole(self) -> bool:
+        """Are the groups whole episodes?"""
+        return self.rewards in ("outcome", "steps")
+
+
+@dataclass(frozen=True)
+class Grpo(Sampled):
+    """Group-relative policy optimisation."""
+
+    algorithm: GRPO = field(default_factory=GRPO)
+
+
+@dataclass(frozen=True)
+class Ppo(Sampled):
+    """Proximal policy optimisation with a value function that starts from the actor's trunk."""
+
+    algorithm: PPO = field(default_factory=PPO)
+    value_optimization: Optimization = field(default_factory=lambda: _adamw(1e-3))
+
+
+def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint."""
+    _check(experiment)
+    ready = placed_decoder(experiment, shop, start.weights)
+    value = _value(shop, ready) if isinstance(experiment, Ppo) else None
+    critic = None if experiment.critic is None else load_model(experiment.critic, "critic").weights
+    job = OnPolicy(
+        ready.net,
+        experiment.algorithm,
+        experiment.optimization,
+        _gatherer(experiment, shop, ready),
+        experiment.schedule,
+        ready.frozen,
+        experiment.value_optimization if isinstance(experiment, Ppo) else None,
+        critic,
+        experiment.seed,
+        ready.mesh,
+    )
+    name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
+    exam, spent = Exam(experiment, shop), curve.tokens_by_iteration()
+
+    def report(iteration: int, metrics: dict[str, float]) -> None:
+        spent[iteration] = spent.get(iteration - 1, 0.0) + metrics["sampled_tokens"]
+        shop.progress(name, iteration, experiment.schedule.iterations, metrics)
+        log(name, iteration, metrics)
+
+    def evaluate(iteration: int, policy: Policy) -> None:
+        point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **exam.score(policy.actor)}
+        curve.put(point)
+        log("evaluation", iteration, {"em": point["em"], "f1": point["f1"], "tokens": point["sampled_tokens"]})
+
+    checkpointer = Checkpointer(shop.out / "checkpoints")
+    every = experiment.every
+    state = train_on_policy(job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate)
+    result = {"curve": curve.points()}
+    return as_model(shop, "actor", ready.whole(state.policy.weights), result["curve"][-1]), result
+
+
+def _check(experiment: Grpo | Ppo) -> None:
+    if experiment.rewards not in REWARDS:
+        raise InputError("unknown rewards", got=experiment.rewards, remedy=f"Use one of {', '.join(REWARDS)}.")
+    if (experiment.rewards == "critic") != (experiment.critic is not None):
+        got = f"rewards={experiment.rewards}, critic={experiment.critic}"
+        raise InputError("a critic goes with rewards=critic", got=got, remedy="Give both or none.")
+    if experiment.rewards == "steps" and isinstance(experiment, Grpo):
+        remedy = "Use train.ppo, or rewards=process or outcome."
+        raise InputError("GRPO compares whole candidates, not single steps", got="rewards=steps", remedy=remedy)
+
+
+def _value(shop: Workshop, ready: Placed) -> Critic:
+    """A value function: a copy of the actor's trunk (fresh adapters under LoRA) and a new head."""
+    table: Any = critic_specs(shop.config)
+    if ready.net.lora is not None:
+        table = dataclasses.replace(table, trunk=lora_specs(shop.config, ready.net.lora))
+    value = dataclasses.replace(init(table, shop.key("value")), trunk=ready.weights)
+    return value if ready.mesh is None else place(value, shardings(table, ready.mesh))
+
+
+def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer:
+    settings, schedule = shop.settings, experiment.schedule
+    judge = shop.task.judge if experiment.rewards in ("process", "steps") else None
+    select = experiment.select if experiment.rewards == "process" else "first"
+    rules = Rules(settings.max_turns, "score" if experiment.rewards == "critic" else select, judge, seed=settings.seed)
+    drawn = 1 if experiment.whole else schedule.candidates
+    sampling = Sampling(drawn, settings.max_action, settings.temperature)
+    slots, examples = experiment.slots, shop.task.train.examples
+    fresh = examples[settings.demonstrations :] or examples
+    return Gatherer(
+        Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=slots, mesh=ready.mesh),
+        shop.codec,
+        fresh,
+        experiment.questions,
+        shop.key("on-policy"),
+        groups="episodes" if experiment.whole else "candidates",
+        copies=schedule.candidates,
+        seed=settings.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a learning curve, one JSON line each, that a resumed run continues."""
+
+    path: Path
+
+    def points(self) -> list[dict[str, Any]]:
+        """All points, by iteration."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        found = {point["iteration"]: point for point in map(json.loads, lines)}
+        return [found[i] for i in sorted(found)]
+
+    def put(self, point: dict[str, Any]) -> None:
+        """Adds a point; one of the same iteration, left by a killed run, is replaced."""
+        kept = [old for old in self.points() if old["iteration"] < point["iteration"]]
+        scratch = self.path.with_name(self.path.name + ".tmp")
+        scratch.write_text("".join(json.dumps(p) + "\n" for p in [*kept, point]))
+        scratch.replace(self.path)
+
+    def tokens_by_iteration(self) -> dict[int, float]:
+        """Sampled tokens until each known iteration."""
+        return {point["iteration"]: point["sampled_tokens"] for point in self.points()}

@@ -1,0 +1,22 @@
+"""Training a process reward model: python -m train.critic synthhop [--out DIR] [--seed N] [any other field]
+
+The experiments are the files configs/critic_*.py; `python -m train.critic synthhop --help` lists every field.
+"""
+
+from __future__ import annotations
+
+from configs import critic_synthhop
+from jraggym.recipes.offline import train_critic_model
+from train.job import entry
+
+EXPERIMENTS = {
+    "synthhop": ("pairs of the embedded world", critic_synthhop.EXPERIMENT),
+}
+
+
+def main() -> None:
+    entry(EXPERIMENTS, train_critic_model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Group-relative policy optimisation: python -m train.grpo synthhop [--out DIR] [--seed N] [any other field]
+
+The experiments are the files configs/grpo_*.py; `python -m train.grpo synthhop --help` lists every field.
+"""
+
+from __future__ import annotations
+
+from configs import grpo_synthhop, grpo_synthhop_outcome
+from jraggym.recipes.online import train_sampled
+from train.job import entry
+
+EXPERIMENTS = {
+    "synthhop": ("process rewards for the candidates of a state", grpo_synthhop.EXPERIMENT),
+    "synthhop-outcome": ("outcome rewards for whole episodes", grpo_synthhop_outcome.EXPERIMENT),
+}
+
+
+def main() -> None:
+    entry(EXPERIMENTS, train_sampled)
+
+
+if __name__ == "__main__":
+    main()

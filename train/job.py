@@ -1,0 +1,203 @@
+"""What the entries share: the job's folder, the world and its indexes, metrics for TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from jraggym.errors import InputError, exit_on_input_error
+from jraggym.model_folder import load_model, save_model
+from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.recipes.quickstart import Workshop, train_tokenizer
+from jraggym.recipes.settings import Settings
+from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
+from jraggym.retrieval.encoder import TfidfEncoder, embed
+from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.text.tokenizer import SentencePieceTokenizer
+from train.results import Console
+
+Progress = Callable[[str, int, int, Any], None]
+
+
+def claim(out: Path, job: Mapping[str, Any]) -> None:
+    """Makes sure that `out` is new or belongs to the same job (JSON values); keeps compiled programs there."""
+    logging.disable(logging.INFO)
+    plain = json.loads(json.dumps(job, default=str))
+    path = out / "job.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if (found := json.loads(path.read_text())) != plain:
+                differing = ", ".join(sorted(_differences(found, plain))[:5])
+                got = f"{path} differs in {differing}"
+                raise InputError(f"{out} holds a job of other settings", got=got, remedy="Name another --out folder.")
+        else:
+            write(path, json.dumps(plain, indent=1))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot use {out}", got=error, remedy="Name another --out folder.") from error
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _differences(left: Any, right: Any, name: str = "") -> list[str]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        names = left.keys() | right.keys()
+        return [d for n in names for d in _differences(left.get(n), right.get(n), f"{name}.{n}" if name else n)]
+    return [] if left == right else [name]
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(scratch, path)
+
+
+def prepare(
+    settings: Settings,
+    dataset: str,
+    data_dir: Path | None,
+    out: Path,
+    progress: Progress,
+    tokenizer: SentencePieceTokenizer | None = None,
+    development: bool = False,
+) -> Workshop:
+    """The world, its indexes and the tokenizer (trained on the world's text when none is given).
+
+    The development split's index is made where it is asked for.
+    """
+    sizes = {
+        "train": settings.demonstrations + 2 * settings.collected,
+        "development": settings.development,
+        "test": settings.test,
+    }
+    if dataset == "synthhop":
+        task = synthhop_task(settings.seed, **sizes)
+    elif dataset != "hotpotqa":
+        raise InputError("unknown dataset", got=repr(dataset), remedy="Use one of synthhop, hotpotqa.")
+    elif data_dir is None:
+        raise InputError("hotpotqa needs its files", got="no --data-dir", remedy="Add --data-dir FOLDER.")
+    else:
+        task = hotpotqa_task(data_dir, **sizes)
+    train, test = (_retriever(split, task, settings, progress, out) for split in (task.train, task.test))
+    held = _retriever(task.development, task, settings, progress, out) if development else None
+    if tokenizer is None:
+        tokenizer = train_tokenizer(task, settings)
+        write(out / "tokenizer.model", tokenizer.model)
+    return Workshop(settings, task, train, test, held, tokenizer, out, progress)
+
+
+def _retriever(split: Split, task: Task, settings: Settings, progress: Progress, out: Path) -> HybridRetriever:
+    if task.name == "synthhop":
+        encoder = TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector)
+        return HybridRetriever(split.corpus, encoder, k=settings.documents)
+    real = BertEncoder.load(minilm_path())
+    texts, kept = split.corpus.texts(), out / f"vectors-{split.corpus.fingerprint}.npy"
+    if not kept.exists():
+        vectors = embed(real, texts, progress=partial(_report, progress, "embed", len(texts)))
+        scratch = kept.with_name(kept.stem + ".tmp.npy")
+        np.save(scratch, vectors)
+        os.replace(scratch, kept)
+    return HybridRetriever(split.corpus, real, k=settings.documents, vectors=np.load(kept))
+
+
+def _report(progress: Progress, name: str, total: int, done: int) -> None:
+    progress(name, done, total, None)
+
+
+class Logbook:
+    """Metrics as TensorBoard event files in `out`/tensorboard, and to Weights & Biases when a project is named.
+
+    Values are read from the device some steps later, so that writing them never makes it wait.
+    """
+
+    def __init__(self, out: Path, job: Any, wandb_project: str | None = None, lag: int = 2):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(out / "tensorboard"))
+        self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
+        self._lag, self._wandb = lag, None
+        if wandb_project is not None:
+            try:
+                import wandb
+            except ImportError as error:
+                raise InputError("wandb is not installed", got=error, remedy="pip install wandb") from error
+            self._wandb = wandb.init(project=wandb_project, dir=str(out), config=dataclasses.asdict(job))
+
+    def write(self, group: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keeps the metrics of a step and writes those of some steps ago."""
+        self._waiting.append((group, step, dict(metrics)))
+        while len(self._waiting) > self._lag:
+            self._put(*self._waiting.pop(0))
+
+    def close(self) -> None:
+        """Writes what is left."""
+        for waiting in self._waiting:
+            self._put(*waiting)
+        self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _put(self, group: str, step: int, metrics: Mapping[str, Any]) -> None:
+        values = {f"{group}/{name}": float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+
+def entry(experiments: Mapping[str, tuple[str, Any]], work: Callable) -> None:
+    """The whole of an entry: one of its experiments, overridden from the command line, from start to model.
+
+    `work` gets (experiment, shop, starting model or None, log) and returns the model and its results.
+    """
+    with exit_on_input_error():
+        name, experiment = tyro.extras.overridable_config_cli({**experiments})
+        run_experiment(name, experiment, work)
+
+
+def run_experiment(name: str, experiment: Any, work: Callable) -> dict[str, Any]:
+    """Runs one experiment, and writes `out`/model and `out`/results.json."""
+    console, out = Console(), experiment.out
+    claim(out, {"experiment": name, "kind": type(experiment).__name__, **_plain(experiment)})
+    start = None if experiment.model is None else load_model(experiment.model, "actor")
+    settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
+    if start is not None:
+        settings = dataclasses.replace(settings, model=start.config)
+    with console.stage("world, indexes and tokenizer", experiment.dataset):
+        shop = prepare(
+            settings,
+            experiment.dataset,
+            experiment.data_dir,
+            out,
+            console.progress,
+            start.tokenizer if start else None,
+            development=experiment.evaluate == "development",
+        )
+    with console.stage(type(experiment).__name__.lower()):
+        model, results = work(experiment, shop, start, log.write)
+    log.close()
+    if model is not None:
+        save_model(out / "model", model)
+    results = {"experiment": name, "seed": experiment.seed, "stages": console.stages, **results}
+    write(out / "results.json", json.dumps(results, indent=1))
+    print(json.dumps({key: value for key, value in results.items() if key not in ("stages", "curve")}, indent=1))
+    print(f"{out}/results.json" + (f" and {out}/model" if model is not None else ""))
+    return results
+
+
+def _plain(experiment: Any) -> dict[str, Any]:
+    """The fields that decide the result."""
+    found = dataclasses.asdict(experiment)
+    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every")}

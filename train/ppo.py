@@ -1,0 +1,23 @@
+"""Proximal policy optimisation: python -m train.ppo synthhop [--out DIR] [--seed N] [any other field]
+
+The experiments are the files configs/ppo_*.py; `python -m train.ppo synthhop --help` lists every field.
+"""
+
+from __future__ import annotations
+
+from configs import ppo_synthhop, ppo_synthhop_critic
+from jraggym.recipes.online import train_sampled
+from train.job import entry
+
+EXPERIMENTS = {
+    "synthhop": ("process rewards for the candidates of a state", ppo_synthhop.EXPERIMENT),
+    "synthhop-critic": ("critic scores as rewards", ppo_synthhop_critic.EXPERIMENT),
+}
+
+
+def main() -> None:
+    entry(EXPERIMENTS, train_sampled)
+
+
+if __name__ == "__main__":
+    main()
