@@ -112,5 +112,5 @@ def _report(batch: ProcessBatch, logprob: Array, reference: Array | None) -> dic
     }
     if reference is not None:
         k1 = jnp.where(own, logprob - reference, 0.0)
-        report["kl_reference"] = masked_mean(jnp.sum(k1, axis=-1), real)
+        report["sequence_kl"] = masked_mean(jnp.sum(k1, axis=-1), real)
     return report

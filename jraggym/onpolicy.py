@@ -156,7 +156,7 @@ def _improve(
     policy, value, means = _epochs(job, state, experience, iteration)
     kl_weight = float(state.kl_weight)
     if isinstance(job.algorithm, PPO) and job.algorithm.adaptive is not None:
-        kl_weight = job.algorithm.adaptive.update(kl_weight, metrics["kl_reference"], int(metrics["sequences"]))
+        kl_weight = job.algorithm.adaptive.update(kl_weight, metrics["sequence_kl"], int(metrics["sequences"]))
         metrics["kl_weight"] = kl_weight
     return OnPolicyState(policy, value, jnp.float32(kl_weight)), metrics | means
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import Mesh
 
 from jraggym.batch import ProcessBatch
 from jraggym.models.critic import Critic
@@ -40,6 +41,7 @@ class Network:
     config: DecoderConfig
     lora: Lora | None = None  # then the trained weights are adapters, and `frozen` is their base
     parts: int = 1  # micro-batches; see forward.by_rows
+    mesh: Mesh | None = None  # where weights and batch lie
     share: float = 1.0  # at most this share of the action positions are the policy's own tokens; more gives NaN
 
     def decoder(self, weights: Any, frozen: Decoder | None, key: Array | None = None) -> Decoder:
@@ -52,23 +54,25 @@ class Network:
 
     def logprobs(self, decoder: Decoder, batch: ProcessBatch) -> Array:
         """Log-probabilities [B, K, A]."""
-        return by_rows(lambda w, b: token_logprobs(w, self.config, b, self._capacity(b)), decoder, batch, self.parts)
+        return by_rows(
+            lambda w, b: token_logprobs(w, self.config, b, self._capacity(b), self.mesh), decoder, batch, self.parts
+        )
 
     def logprobs_and_entropy(self, decoder: Decoder, batch: ProcessBatch) -> tuple[Array, Array]:
         """Log-probabilities and entropies [B, K, A]."""
 
         def forward(weights: Decoder, part: ProcessBatch) -> tuple[Array, Array]:
-            return token_logprobs_and_entropy(weights, self.config, part, self._capacity(part))
+            return token_logprobs_and_entropy(weights, self.config, part, self._capacity(part), self.mesh)
 
         return by_rows(forward, decoder, batch, self.parts)
 
     def scores(self, critic: Critic, batch: ProcessBatch) -> Array:
         """Critic scores [B, K]."""
-        return by_rows(lambda w, b: candidate_scores(w, self.config, b), critic, batch, self.parts)
+        return by_rows(lambda w, b: candidate_scores(w, self.config, b, self.mesh), critic, batch, self.parts)
 
     def values(self, critic: Critic, batch: ProcessBatch) -> Array:
         """Values [B, K, A]."""
-        return by_rows(lambda w, b: token_values(w, self.config, b), critic, batch, self.parts)
+        return by_rows(lambda w, b: token_values(w, self.config, b, self.mesh), critic, batch, self.parts)
 
     def reference(self, frozen: Decoder | None, batch: ProcessBatch) -> Array:
         """The reference's log-probabilities [B, K, A]: those kept beside the data, or computed here."""

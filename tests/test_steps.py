@@ -24,6 +24,15 @@ CONFIG = DecoderConfig(vocab=32, model=16, layers=2, query_heads=4, kv_heads=2, 
 LORA = Lora(rank=2, alpha=4.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These programs are tiny: most of their time would go into optimizing them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def batch():
     return random_batch(seed=3, rows=8, candidates=3, action=4)

@@ -163,14 +163,13 @@ def entry(experiments: Mapping[str, tuple[str, Any]], work: Callable) -> None:
     `work` gets (experiment, shop, starting model or None, log) and returns the model and its results.
     """
     with exit_on_input_error():
-        name, experiment = tyro.extras.overridable_config_cli({**experiments})
-        run_experiment(name, experiment, work)
+        run_experiment(tyro.extras.overridable_config_cli({**experiments}), work)
 
 
-def run_experiment(name: str, experiment: Any, work: Callable) -> dict[str, Any]:
+def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
     """Runs one experiment, and writes `out`/model and `out`/results.json."""
-    console, out = Console(), experiment.out
-    claim(out, {"experiment": name, "kind": type(experiment).__name__, **_plain(experiment)})
+    console, out, kind = Console(), experiment.out, type(experiment).__name__
+    claim(out, {"kind": kind, **_plain(experiment)})
     start = None if experiment.model is None else load_model(experiment.model, "actor")
     settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
     if start is not None:
@@ -185,16 +184,21 @@ def run_experiment(name: str, experiment: Any, work: Callable) -> dict[str, Any]
             start.tokenizer if start else None,
             development=experiment.evaluate == "development",
         )
-    with console.stage(type(experiment).__name__.lower()):
+    with console.stage(kind.lower()):
         model, results = work(experiment, shop, start, log.write)
     log.close()
     if model is not None:
         save_model(out / "model", model)
-    results = {"experiment": name, "seed": experiment.seed, "stages": console.stages, **results}
+    results = {"experiment": _shown(kind, experiment), "seed": experiment.seed, "stages": console.stages, **results}
     write(out / "results.json", json.dumps(results, indent=1))
     print(json.dumps({key: value for key, value in results.items() if key not in ("stages", "curve")}, indent=1))
     print(f"{out}/results.json" + (f" and {out}/model" if model is not None else ""))
     return results
+
+
+def _shown(kind: str, experiment: Any) -> str:
+    rewards = getattr(experiment, "rewards", None)
+    return kind.upper() + (f", {rewards} rewards" if rewards else "")
 
 
 def _plain(experiment: Any) -> dict[str, Any]:

@@ -36,7 +36,11 @@ def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens
 
     Args: prefix from the critic's own trunk; tokens, mask [B, K, A], the first token being the prompt's last.
     """
-    hidden = branch_forward(weights.trunk, config, prefix, tokens, mask)
+    return scores_of_hidden(weights, branch_forward(weights.trunk, config, prefix, tokens, mask), tokens, mask)
+
+
+def scores_of_hidden(weights: Critic, hidden: Array, tokens: Array, mask: Array) -> Array:
+    """Scores [B, K] from the trunk's hidden states [B, K, A, D] of the branches."""
     last = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
     final = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
     score = (final @ weights.head).astype(jnp.float32)

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jraggym.batch import ProcessBatch
 from jraggym.errors import InputError
-from jraggym.models.critic import Critic, critic_scores
+from jraggym.models.critic import Critic, scores_of_hidden
 from jraggym.models.decoder import Decoder, DecoderConfig, branch_forward, prefix_forward, unembedding
 from jraggym.models.likelihood import chunked_logprobs, chunked_logprobs_and_entropy
+from jraggym.models.packed import packed_forward
 
 
 def branches(batch: ProcessBatch) -> tuple[Array, Array]:
@@ -28,32 +30,42 @@ def branches(batch: ProcessBatch) -> tuple[Array, Array]:
     return tokens, jnp.concatenate([jnp.ones((b, k, 1), bool), batch.action_mask], axis=2)
 
 
-def token_logprobs(weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None = None) -> Array:
+def token_logprobs(
+    weights: Decoder,
+    config: DecoderConfig,
+    batch: ProcessBatch,
+    capacity: int | None = None,
+    mesh: Mesh | None = None,
+) -> Array:
     """Log-probabilities [B, K, A] of the tokens in `loss_mask`, in nats, and 0 elsewhere.
 
     Only the states before such tokens meet the vocabulary matrix. `capacity` is a static upper bound on how many
-    there are in the batch (default: all B * K * A positions); more than that gives NaN, never a silent cut.
+    there are in the batch (default: all B * K * A positions); more than that gives NaN, never a silent cut. `mesh` is
+    where batch and weights lie; only a fused attention kernel (`config.attention`) has to know it.
     """
-    return _read_tokens(chunked_logprobs, weights, config, batch, capacity)
+    return _read_tokens(chunked_logprobs, weights, _hidden(weights, config, batch, mesh), batch, capacity)
 
 
 def token_logprobs_and_entropy(
-    weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None = None
+    weights: Decoder,
+    config: DecoderConfig,
+    batch: ProcessBatch,
+    capacity: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """The same, and the entropy [B, K, A] of the distribution that each of these tokens is drawn from, in nats."""
-    return _read_tokens(chunked_logprobs_and_entropy, weights, config, batch, capacity)
+    return _read_tokens(chunked_logprobs_and_entropy, weights, _hidden(weights, config, batch, mesh), batch, capacity)
 
 
-def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch) -> Array:
+def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None = None) -> Array:
     """Values [B, K, A] of the states in which the action tokens are chosen: head . hidden(all tokens before)."""
-    hidden = _hidden(weights.trunk, config, batch)[:, :, :-1]
+    hidden = _hidden(weights.trunk, config, batch, mesh)[:, :, :-1]
     return (hidden @ weights.head.astype(hidden.dtype)).astype(jnp.float32)
 
 
-def candidate_scores(weights: Critic, config: DecoderConfig, batch: ProcessBatch) -> Array:
+def candidate_scores(weights: Critic, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None = None) -> Array:
     """Critic scores [B, K]."""
-    prefix = prefix_forward(weights.trunk, config, batch.prompt, batch.prompt_mask)
-    return critic_scores(weights, config, prefix, *branches(batch))
+    return scores_of_hidden(weights, _hidden(weights.trunk, config, batch, mesh), *branches(batch))
 
 
 def by_rows(forward: Callable[[Any, ProcessBatch], Any], weights: Any, batch: ProcessBatch, parts: int) -> Any:
@@ -82,14 +94,16 @@ def by_rows(forward: Callable[[Any, ProcessBatch], Any], weights: Any, batch: Pr
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), found)
 
 
-def _hidden(weights: Decoder, config: DecoderConfig, batch: ProcessBatch) -> Array:
+def _hidden(weights: Decoder, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None) -> Array:
     """Hidden states [B, K, A + 1, D]: of the prompt's last token, then of the action's tokens."""
+    if config.attention != "xla":
+        return packed_forward(weights, config, batch.prompt, batch.prompt_mask, *branches(batch), mesh=mesh)
     prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
     return branch_forward(weights, config, prefix, *branches(batch))
 
 
-def _read_tokens(read: Callable, weights: Decoder, config: DecoderConfig, batch: ProcessBatch, capacity: int | None):
-    hidden = _hidden(weights, config, batch)[:, :, :-1]
+def _read_tokens(read: Callable, weights: Decoder, hidden: Array, batch: ProcessBatch, capacity: int | None):
+    hidden = hidden[:, :, :-1]
     wanted = (batch.loss_mask & batch.action_mask).reshape(-1)
     size = min(capacity or wanted.size, wanted.size)
     (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)

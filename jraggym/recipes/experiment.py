@@ -91,8 +91,8 @@ class Placed:
 
 def placed_decoder(experiment: Experiment, shop: Workshop, start: Decoder) -> Placed:
     """The start on its devices, with fresh adapters under LoRA."""
-    net = Network(shop.config, experiment.lora, experiment.parts)
     mesh, table, frozen = experiment.devices.mesh(), specs(shop.config), start
+    net = Network(shop.config, experiment.lora, experiment.parts, mesh)
     if mesh is not None:
         frozen = place(start, shardings(table, mesh))
     if experiment.lora is None:
