@@ -74,6 +74,7 @@ SIBLINGS = [
     ("train.*", "train.results"),
     ("train.*", "train.job"),
     ("train.*", "eval.report"),
+    ("eval.learning", "eval.pooled"),
 ]
 
 FILES = {

@@ -113,10 +113,11 @@ class Exam:
         self._evaluator, self._seed = Evaluator(shop, split, retriever), experiment.seed
 
     def score(self, actor: Decoder) -> dict[str, Any]:
-        """EM and F1 with 95 % bootstrap intervals, and the searches of a question."""
+        """EM with a 95 % bootstrap interval, F1, searches, and `each`: a 0 or 1 for the EM of every question."""
         agent = Agent("greedy", "", "", actor)
         row = self._evaluator.score(agent, self._evaluator.run(agent))
         found = {"em": float(row.em.mean()), "em_interval": list(bootstrap_interval(row.em, seed=self._seed))}
+        found["each"] = "".join(str(int(em)) for em in row.em)
         return {**found, "f1": float(row.f1.mean()), "searches": row.costs["searches"], "questions": len(row.em)}
 
 

@@ -1,0 +1,155 @@
+"""Learning curves of on-policy runs: EM against sampled tokens, over seeds.
+
+    python -m eval.learning --runs runs/grpo0 runs/grpo1 runs/grpo-outcome0 ... --out runs/learning.html
+
+Runs of one kind (say "GRPO, process rewards") with different seeds belong together. Two questions are asked of every
+kind, and were written down before the runs:
+
+* does it raise EM over its start by at least .10, with an interval above 0?
+* does it learn faster than the kind with outcome rewards: is its mean EM over the same range of sampled tokens higher,
+  with an interval above 0? (Curves are linear between evaluations and end at the shortest run's tokens.)
+
+Differences are paired by question; intervals come from resampling questions within each seed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import tyro
+
+from eval.pooled import pooled_difference
+from jraggym.errors import InputError, exit_on_input_error
+
+LEAST, GRID = 0.10, 101
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compares on-policy runs."""
+
+    runs: tuple[Path, ...]
+    """Their --out folders."""
+    out: Path | None = None
+    """A web page with the curves."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: EM of every question at every evaluation."""
+
+    kind: str
+    seed: int
+    tokens: np.ndarray  # [points]
+    em: np.ndarray  # [points, questions]
+
+    def mean_until(self, budget: float) -> np.ndarray:
+        """Each question's EM [questions], averaged over 0 to `budget` sampled tokens."""
+        grid = np.linspace(0.0, budget, GRID)
+        place = np.clip(np.searchsorted(self.tokens, grid, side="right") - 1, 0, len(self.tokens) - 2)
+        left, right = self.tokens[place], self.tokens[place + 1]
+        share = ((grid - left) / (right - left))[:, None]
+        return ((1 - share) * self.em[place] + share * self.em[place + 1]).mean(axis=0)
+
+
+def read(folder: Path) -> Run:
+    """A finished run; InputError when there is none."""
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_text())
+        curve = found["curve"]
+        tokens = np.array([point["sampled_tokens"] for point in curve], float)
+        em = np.array([[float(digit) for digit in point["each"]] for point in curve])
+        run = Run(str(found["experiment"]), int(found["seed"]), tokens, em)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Name the --out folder of a finished train.grpo or train.ppo run."
+        raise InputError(f"cannot read {path}", got=repr(error), remedy=remedy) from error
+    if len(tokens) < 2 or (np.diff(tokens) <= 0).any():
+        raise InputError(f"no curve in {path}", got=tokens.tolist(), remedy="Evaluate at two points or more.")
+    return run
+
+
+def by_kind(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each kind by seed; InputError when a kind has a seed twice."""
+    kinds: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        kinds[run.kind].append(run)
+    for kind, members in kinds.items():
+        seeds = [run.seed for run in members]
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f"{kind} has a seed twice", got=seeds, remedy="Name each run once.")
+    return dict(kinds)
+
+
+def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[float], tuple[float, float, float], bool]]:
+    """(claim, difference of each seed, (mean, low, high), holds)."""
+    found = []
+    budget = min(float(run.tokens[-1]) for runs in kinds.values() for run in runs)
+    for kind, runs in kinds.items():
+        pairs = [(run.em[-1], run.em[0]) for run in runs]
+        found.append(_verdict(f"{kind}: end - start >= +{LEAST:.2f}", pairs, LEAST))
+    slow = {run.seed: run for kind, runs in kinds.items() if kind.endswith("outcome rewards") for run in runs}
+    for kind, runs in kinds.items():
+        both = [(run.mean_until(budget), slow[run.seed].mean_until(budget)) for run in runs if run.seed in slow]
+        if both and not kind.endswith("outcome rewards"):
+            claim = f"{kind}: mean EM until {budget:,.0f} tokens - the same with outcome rewards > 0"
+            found.append(_verdict(claim, both, 0.0))
+    return found
+
+
+def _verdict(claim: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]], least: float):
+    mean, low, high = pooled_difference(pairs)
+    return claim, [float((a - b).mean()) for a, b in pairs], (mean, low, high), bool(mean >= least and low > 0)
+
+
+def draw(kinds: Mapping[str, Sequence[Run]]) -> str:
+    """The curves as SVG: each seed thin, and the mean of a kind's seeds where all have a value."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, runs) in enumerate(kinds.items()):
+        grid = np.linspace(0, min(run.tokens[-1] for run in runs), GRID)
+        each = [np.interp(grid, run.tokens, run.em.mean(axis=1)) for run in runs]
+        for run in runs:
+            axes.plot(run.tokens, run.em.mean(axis=1), color=f"C{number}", alpha=0.3, linewidth=1)
+        axes.plot(grid, np.mean(each, axis=0), color=f"C{number}", linewidth=2.5, label=f"{kind} ({len(runs)} seeds)")
+    axes.set_xlabel("sampled tokens")
+    axes.set_ylabel("exact match, greedy")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def main(arguments: Arguments) -> None:
+    """Prints the tables and writes the page."""
+    kinds = by_kind([read(folder) for folder in arguments.runs])
+    lines = ["| run | seed | sampled tokens | EM at the start | EM at the end |", "|---" * 5 + "|"]
+    for kind, runs in kinds.items():
+        for run in runs:
+            ends = " | ".join(f"{run.em[i].mean():.3f}" for i in (0, -1))
+            lines.append(f"| {kind} | {run.seed} | {run.tokens[-1]:,.0f} | {ends} |")
+    lines += ["", "| claim | each seed | all | 95 % interval | verdict |", "|---" * 5 + "|"]
+    for claim, each, (mean, low, high), holds in verdicts(kinds):
+        gains, verdict = " ".join(f"{x:+.3f}" for x in each), "holds" if holds else "does not hold"
+        lines.append(f"| {claim} | {gains} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {verdict} |")
+    print("\n".join(lines))
+    if arguments.out is not None:
+        loader = jinja2.PackageLoader("eval", "templates")
+        template = jinja2.Environment(loader=loader, autoescape=True).get_template("learning.html.j2")
+        tables = [[row.strip("| ").split(" | ") for row in lines if row.startswith("| ")]]
+        arguments.out.write_text(template.render(svg=draw(kinds), rows=tables[0]))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main(tyro.cli(Arguments))
