@@ -18,5 +18,5 @@ EXPERIMENT = Grpo(
     rewards="process",
     questions=20,
     slots=20,
-    schedule=Schedule(iterations=20, updates=4, rows=18, prompt=144, action=16, candidates=8),
+    schedule=Schedule(iterations=20, updates=4, rows=10, prompt=144, action=16, candidates=8),
 )

@@ -20,5 +20,5 @@ EXPERIMENT = Ppo(
     questions=20,
     slots=20,
     algorithm=PPO(reward_kl_weight=0.0),
-    schedule=Schedule(iterations=20, updates=4, rows=18, prompt=144, action=16, candidates=8),
+    schedule=Schedule(iterations=20, updates=4, rows=10, prompt=144, action=16, candidates=8),
 )

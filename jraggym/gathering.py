@@ -15,6 +15,7 @@ from jax import Array
 
 from jraggym.environment import outcome
 from jraggym.errors import InputError
+from jraggym.objectives.pairs import POSITIVE
 from jraggym.rollout import Policy, Rollout
 from jraggym.text.batching import Codec, Row
 from jraggym.types import Example, Trajectory
@@ -47,6 +48,7 @@ class Gatherer:
     groups: str = "candidates"
     copies: int = 1
     outcome: str = "f1"  # of an episode: em, f1 or cover_em
+    need_good: bool = False  # leave out states where no candidate is good: a rank tells there which failure is best
     step_baseline: float = 0.5  # what the judge gives a useless step: else an agent is paid for never answering
     seed: int = 0
 
@@ -81,14 +83,18 @@ class Gatherer:
         return [int(shuffled[p // count][p % count]) for p in places]
 
     def _candidates(self, found: Sequence[Trajectory], policy: Policy) -> list[Row]:
-        """One row for each visited state that has rewards; a critic's scores are rewards where there is one."""
+        """One row for each visited state that teaches something; a critic's scores are rewards where there is one.
+
+        Equal rewards have no advantage (dynamic sampling, arXiv 2503.14476).
+        """
         rows = []
         for step in (step for trajectory in found for step in trajectory.steps):
             candidates = step.candidates
             if policy.critic is not None:
                 candidates = tuple(replace(c, reward=c.score) for c in candidates)
             row = self.codec.samples(step.state, candidates)
-            if any(row.distinct):
+            rewards = {r for r, real in zip(row.rewards, row.distinct, strict=True) if real}
+            if len(rewards) > 1 and not (self.need_good and max(rewards) <= POSITIVE):
                 rows.append(row)
         return rows
 

@@ -52,6 +52,8 @@ class Sampled(Experiment):
     """Questions of an iteration, each asked `schedule.candidates` times where whole episodes are compared."""
     select: str = "reward"
     """Which candidate of a state is executed: reward (the judge's best) or first (a random sample)."""
+    need_good: bool = True
+    """Leave out states where no candidate has a process reward above 0.75, as the preference objectives do."""
     slots: int = 20
     """Episodes that run at the same time."""
     schedule: Schedule = field(default_factory=Schedule)
@@ -154,6 +156,7 @@ def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer
         shop.key("on-policy"),
         groups="episodes" if experiment.whole else "candidates",
         copies=schedule.candidates,
+        need_good=experiment.need_good and experiment.rewards == "process",
         seed=settings.seed,
     )
 
