@@ -33,17 +33,10 @@ from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization
 from jraggym.types import Answer, Candidate, Document, Malformed, Search, State, Step, Trajectory, Turn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TURNS, K = 3, 4
 OPTIMIZATION = Optimization(1, matrix_rate=0.0, rate=3e-3, warmup=0, schedule="constant")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs are tiny: most of their time would go into optimizing them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from jraggym.sharding import make_mesh, place, shardings
 from jraggym.text.actions import parse_action
 from jraggym.types import Malformed, Search
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 SAMPLING = Sampling(candidates=3, max_tokens=3)
 RULES = Rules(max_turns=4, select="score")
@@ -36,15 +38,6 @@ def no_endless_wait():
     faulthandler.dump_traceback_later(DEADLOCK_SECONDS, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs are tiny: most of their time would go into optimizing them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,10 @@ from jraggym.sharding import batch_sharding, make_mesh, place, shardings
 from jraggym.steps import Network
 from jraggym.training import Step, init_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = DecoderConfig(vocab=32, model=16, layers=2, query_heads=4, kv_heads=2, head_dim=8, feed_forward=32)
 LORA = Lora(rank=2, alpha=4.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs are tiny: most of their time would go into optimizing them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -191,9 +191,8 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
         save_model(out / "model", model)
     results = {"experiment": _shown(kind, experiment), "seed": experiment.seed, "stages": console.stages, **results}
     write(out / "results.json", json.dumps(results, indent=1))
-    print(
-        json.dumps({key: value for key, value in results.items() if key not in ("stages", "curve", "each")}, indent=1)
-    )
+    shown = {key: value for key, value in results.items() if key not in ("stages", "curve", "each")}
+    print(json.dumps(shown, indent=1))
     print(f"{out}/results.json" + (f" and {out}/model" if model is not None else ""))
     return results
 
