@@ -328,6 +328,16 @@ def test_ppo_experience_is_whitened_gae(batch, experience):
     np.testing.assert_allclose(made.value, value)
 
 
+def test_golden_value_loss():
+    batch = small_batch([[1.0]], [[[True, True, False]]])
+    zero = np.zeros((1, 1, 3), np.float32)
+    made = Experience(batch, zero, zero, None, value=zero + 1, returns=np.float32([[[2.0, 0.0, 9.0]]]))
+    value = jnp.array([[[1.5, 1.5, 9.0]]])
+    # without a limit: 1/2 mean(0.25, 2.25); within 0.2 of the old 1.0 both count as 1.2, and the worse error counts
+    assert float(value_loss(value, made, clip=0.0)[0]) == pytest.approx(0.5 * (0.25 + 2.25) / 2)
+    assert float(value_loss(value, made, clip=0.2)[0]) == pytest.approx(0.5 * (0.8**2 + 1.5**2) / 2)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.25])
 def test_value_loss_equals_torch(batch, experience, clip):
     own = torch.tensor(batch.own)

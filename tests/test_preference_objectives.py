@@ -136,6 +136,13 @@ def test_a_shift_of_a_states_scores_changes_neither_ranking_loss(batch, arrays):
         assert float(loss(arrays[2])) == pytest.approx(float(loss(arrays[2] + shift)), abs=1e-5)
 
 
+def test_golden_pointwise_loss():
+    score, target = jnp.array([[np.log(3.0), 0.0, 7.0]]), np.float32([[0.5, 1.0, 0.0]])  # sigmoids 3/4 and 1/2
+    wanted = (-0.5 * np.log(0.75) - 0.5 * np.log(0.25) - np.log(0.5)) / 2
+    found = pointwise_loss(score, target, np.array([[True, True, False]]))
+    assert float(found) == pytest.approx(wanted, abs=1e-6)
+
+
 def test_pointwise_soft_labels_equal_torch(batch, arrays):
     scores = torch.tensor(arrays[2], requires_grad=True)
     mask = torch.tensor(batch.candidate_mask)

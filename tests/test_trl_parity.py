@@ -40,11 +40,12 @@ def batch() -> ProcessBatch:
     mask = np.arange(A) < length[..., None]
     own = mask & ~((np.arange(A) == 1) & (length[..., None] > 3))
     ids = np.zeros((B, K, A), np.int32)
-    fields: Any = (np.zeros((B, 1), np.int32), np.ones((B, 1), bool), ids, mask, own, REWARD, np.ones((B, K), bool))
-    return ProcessBatch(*fields, behaviour_logprob=np.zeros((B, K, A), np.float32))
+    prompt, real = np.zeros((B, 1), np.int32), np.ones((B, K), bool)
+    fields: Any = (prompt, prompt == 0, ids, mask, own, REWARD, real, np.float32(ids))
+    return ProcessBatch(*fields)
 
 
-def draw(seed: int, scale: float = 1.0) -> np.ndarray:
+def draw(seed: int, scale: float = 1.0) -> Any:
     """Log-probabilities [B, K, A]; nearly equal ones from near seeds with a small scale."""
     centre = -2 + np.random.default_rng(9).standard_normal((B, K, A))
     return (centre + scale * np.random.default_rng(seed).standard_normal((B, K, A))).astype(np.float32)

@@ -87,7 +87,7 @@ def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log
     _check(experiment)
     ready = placed_decoder(experiment, shop, start.weights)
     value = _value(shop, ready) if isinstance(experiment, Ppo) else None
-    critic = None if experiment.critic is None else load_model(experiment.critic, "critic").weights
+    critic = _reward_critic(experiment.critic, shop, ready)
     job = OnPolicy(
         ready.net,
         experiment.algorithm,
@@ -129,6 +129,14 @@ def _check(experiment: Grpo | Ppo) -> None:
     if experiment.rewards == "steps" and isinstance(experiment, Grpo):
         remedy = "Use train.ppo, or rewards=process or outcome."
         raise InputError("GRPO compares whole candidates, not single steps", got="rewards=steps", remedy=remedy)
+
+
+def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
+    if folder is None:
+        return None
+    critic = load_model(folder, "critic").weights
+    table = critic_specs(shop.config, likelihood=critic.likelihood is not None)
+    return critic if ready.mesh is None else place(critic, shardings(table, ready.mesh))
 
 
 def _value(shop: Workshop, ready: Placed) -> Critic:
