@@ -202,13 +202,14 @@ _pick = jax.jit(lambda experience, rows: jax.tree.map(lambda x: x[rows], experie
 def _batch(schedule: Schedule, rows: Sequence[Row], seed: tuple[int, int]) -> tuple[ProcessBatch, int]:
     """Exactly rows * updates groups, and how many did not fit (P, A).
 
-    A random part of the fitting ones, or all of them and then empty ones that no objective reads.
+    A random part of the fitting ones, or all of them and then empty ones that no objective reads. Where all rewards
+    are equal, or no candidate is good, there is no group: such an iteration teaches nothing, and the run goes on.
     """
     size, limit = schedule.rows * schedule.updates, (schedule.prompt, schedule.action)
     fitting = [row for row in rows if row.sizes[0] <= limit[0] and row.sizes[1] <= limit[1]]
-    if not fitting:
+    if rows and not fitting:
         got = f"{len(rows)} groups, none within {limit} tokens"
-        raise InputError("an iteration brought no group", got=got, remedy="Look at the rewards, or widen the schedule.")
+        raise InputError("no group fits the schedule", got=got, remedy="Widen its prompt and action.")
     order = np.random.default_rng((*seed, 2**31)).permutation(len(fitting))[:size]
     chosen = [fitting[i] for i in order]
     chosen += [EMPTY_ROW] * (size - len(chosen))

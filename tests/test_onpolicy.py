@@ -273,12 +273,22 @@ def test_what_is_missing_is_refused(world, config, actor):
     with pytest.raises(InputError, match="unknown groups"):
         gatherer(world, config, "words")
     narrow = job_of(world, config, actor, GRPO(), prompt=2)
-    with pytest.raises(InputError, match=r"an iteration brought no group; got \d+ groups, none within \(2, 6\)"):
+    with pytest.raises(InputError, match=r"no group fits the schedule; got \d+ groups, none within \(2, 6\)"):
         train_on_policy(narrow, actor)
 
 
 def test_a_metric_that_is_not_finite_names_the_step(world, config, actor, tmp_path):
-    poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 1 else x, actor)
+    value = init(critic_specs(config), jax.random.key(3))
+    poisoned = value.replace(head=value.head.at[0].set(jnp.nan))
     with pytest.raises(InputError, match="diverged at step 1, on batch 0"):
-        train_on_policy(job_of(world, config, actor, GRPO()), poisoned, checkpointer=Checkpointer(tmp_path))
+        train_on_policy(job_of(world, config, actor, PPO()), actor, poisoned, Checkpointer(tmp_path))
     assert Checkpointer(tmp_path).latest() is None
+
+
+def test_an_iteration_without_a_group_changes_nothing_and_goes_on(world, config, actor):
+    job = dataclasses.replace(job_of(world, config, actor, GRPO(), iterations=1), reward_critic=None)
+    judged = dataclasses.replace(job, gather=gatherer(world, config))  # all malformed: the judge finds them alike
+    seen = []
+    state = train_on_policy(judged, actor, report=lambda i, metrics: seen.append(metrics))
+    assert [m["groups"] for m in seen] == [0.0]
+    assert worst_difference(state.policy.weights, actor) == 0.0

@@ -18,7 +18,7 @@ from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.retrieval.hybrid import BrokenRetriever
 from jraggym.rollout import PIECE, Policy, Rollout, Rules
 from jraggym.sampling import Sampling
-from jraggym.sharding import make_mesh, place, shardings
+from jraggym.sharding import batch_shards, make_mesh, place, shardings
 from jraggym.text.actions import parse_action
 from jraggym.types import Malformed, Search
 
@@ -263,8 +263,8 @@ def test_a_mesh_gives_the_episodes_of_one_device(policy, reference, retriever, m
     found = list(spread.run(policy, EXAMPLES, KEY))
     assert view(found) == view(reference)
     assert spread.compilations == 1
-    assert len(watched.calls) == searches(reference, batch=8, shards=mesh.shape["data"])
-    loops = 1 + max(step for _, step, _, _ in schedule(reference, 8, mesh.shape["data"]))
+    assert len(watched.calls) == searches(reference, batch=8, shards=batch_shards(mesh))
+    loops = 1 + max(step for _, step, _, _ in schedule(reference, 8, batch_shards(mesh)))
     assert len(acts) == 8 * loops, "every device calls, replicas included"
 
 
