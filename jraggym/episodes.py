@@ -155,9 +155,8 @@ class Episodes:
         key = (call, int(step), int(rows[0]))
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
-            # All devices agree at every step whether to go on, so no replica still asks for the step before the last.
-            for kept in (self._locks, self._results):
-                kept.pop((call, int(step) - 2, int(rows[0])), None)
+            # All results are kept: replicas along the "tensor" axis do not wait for one another, and one that lags some
+            # steps behind must find what the first one was told; doing the work again would move the episodes on.
         with lock:  # one for each shard: none waits for another's retriever
             if key not in self._results:
                 self._results[key] = work()
