@@ -11,6 +11,4 @@ from pathlib import Path
 
 from jraggym.recipes.offline import CriticTraining
 
-EXPERIMENT = CriticTraining(
-    out=Path("runs/critic"), model=Path("runs/sft/model"), data=Path("runs/collect/data/data/dataset")
-)
+EXPERIMENT = CriticTraining(out=Path("runs/critic"))

@@ -11,4 +11,4 @@ from pathlib import Path
 
 from jraggym.recipes.offline import Dpo
 
-EXPERIMENT = Dpo(out=Path("runs/dpo"), model=Path("runs/sft/model"), data=Path("runs/collect/data/data/dataset"))
+EXPERIMENT = Dpo(out=Path("runs/dpo"))

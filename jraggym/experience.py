@@ -53,13 +53,13 @@ class PPO:
     lam: float = 0.95
     reward_kl: str = "k1"
     reward_kl_weight: float = 0.01  # with `adaptive`: at the start
-    adaptive: AdaptiveKL | None = None
+    adaptive: AdaptiveKL = field(default_factory=AdaptiveKL)
     value_clip: float = 0.2
     loss: PolicyLoss = field(default_factory=PolicyLoss)
 
     @property
     def needs_reference(self) -> bool:
-        return bool(self.reward_kl_weight or self.adaptive or self.loss.kl_weight)
+        return bool(self.reward_kl_weight or self.adaptive.target or self.loss.kl_weight)
 
 
 def grpo_experience(net: Network, how: GRPO) -> Maker:

@@ -78,8 +78,8 @@ class Gatherer:
     def _draw(self, iteration: int) -> list[int]:
         """Indexes of the iteration's questions: every question once before any comes again."""
         count, places = len(self.examples), range(iteration * self.questions, (iteration + 1) * self.questions)
-        orders = {p // count: None for p in places}
-        shuffled = {epoch: np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in orders}
+        epochs = {place // count for place in places}
+        shuffled = {epoch: np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in epochs}
         return [int(shuffled[p // count][p % count]) for p in places]
 
     def _candidates(self, found: Sequence[Trajectory], policy: Policy) -> list[Row]:

@@ -155,7 +155,7 @@ def _improve(
     metrics = {name: float(x) for name, x in sampled.items()} | {"too_long": float(too_long)}
     policy, value, means = _epochs(job, state, experience, iteration)
     kl_weight = float(state.kl_weight)
-    if isinstance(job.algorithm, PPO) and job.algorithm.adaptive is not None:
+    if isinstance(job.algorithm, PPO) and job.algorithm.adaptive.target:
         kl_weight = job.algorithm.adaptive.update(kl_weight, metrics["sequence_kl"], int(metrics["sequences"]))
         metrics["kl_weight"] = kl_weight
     return OnPolicyState(policy, value, jnp.float32(kl_weight)), metrics | means

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tyro
 from array_samples import worst_difference
 
 import train.critic
@@ -199,7 +200,21 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name(monkeypatch, capsys, 
     code, told = call(train.grpo.main, monkeypatch, capsys, "synthhop", "--schedule.iteration", "3")
     assert code == 2
     assert "--schedule.iterations" in told
-    assert "iteration" in told.splitlines()[1] + told.splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "words", "read"),
+    [
+        (grpo_synthhop.EXPERIMENT, ("--lora.rank", "4"), lambda e: e.lora.rank == 4),
+        (dpo_synthhop.EXPERIMENT, ("--lora.leaves", "q", "v"), lambda e: e.lora.leaves == ("q", "v")),
+        (grpo_synthhop.EXPERIMENT, ("--algorithm.loss.kl-weight", "0.1"), lambda e: e.algorithm.loss.kl_weight == 0.1),
+        (ppo_synthhop.EXPERIMENT, ("--algorithm.adaptive.target", "2"), lambda e: e.algorithm.adaptive.target == 2),
+        (sft_synthhop.EXPERIMENT, ("--devices.fsdp", "4"), lambda e: e.devices.fsdp == 4),
+    ],
+)
+def test_nested_fields_are_overridden_on_the_command_line(experiment, words, read):
+    experiments = {"one": ("", experiment), "other": ("", experiment)}
+    assert read(tyro.extras.overridable_config_cli(experiments, args=["one", *words]))
 
 
 def test_a_missing_model_is_one_line(monkeypatch, capsys, tmp_path):

@@ -314,6 +314,17 @@ def test_a_shard_does_not_wait_for_the_retriever_of_another(retriever):
     assert [len(state.turns) for state in finals(episodes)] == [1, 1]
 
 
+def test_a_replica_that_lags_behind_gets_what_the_first_one_was_told(retriever):
+    episodes = start(retriever, 1, Rules(max_turns=5))
+    search = "<search> Morn mayor</search>"
+    told = [play(episodes, turn, [search]) for turn in range(4)]
+    before = finals(episodes)
+    for turn, first in enumerate(told):  # replicas along the tensor axis do not wait for one another
+        again = play(episodes, turn, [search])
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert finals(episodes) == before
+
+
 def test_thoughts_reach_the_state(retriever):
     actions = (
         "<think> Morn lies inland</think><search> Morn mayor</search>",

@@ -1,6 +1,8 @@
 """On-policy training: transcripts hold what the policy saw, samplers and trainers agree, and a killed run continues."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ from jraggym.text.batching import Codec, collate
 from jraggym.text.rendering import render
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization
-from jraggym.types import Answer, Candidate, Document, Malformed, Search, State, Step, Trajectory, Turn
+from jraggym.types import Answer, Candidate, Document, Example, Malformed, Search, State, Step, Trajectory, Turn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -154,18 +156,40 @@ def test_copies_of_a_question_are_drawn_apart(world, config, actor):
     gathered = gatherer(world, config, "episodes", judge=False)(Policy(config, actor), 0)
     assert len(gathered.rows) == 4
     assert all(len({tuple(ids) for ids in row.actions}) > 1 for row in gathered.rows), "copies must differ"
-    assert gathered.tokens == sum(sum(mask) for row in gathered.rows for mask in row.loss_masks) or gathered.tokens > 0
+    kept = sum(sum(mask) for row in gathered.rows for mask in row.loss_masks)
+    assert 0 < kept <= gathered.tokens, "what a transcript leaves out was sampled all the same"
 
 
-@pytest.mark.parametrize("groups", ["candidates", "episodes"])
-def test_a_critic_or_a_judge_or_the_outcome_gives_the_rewards(world, config, actor, groups):
+def test_a_critics_scores_are_rewards(world, config, actor):
     critic = init(critic_specs(config), jax.random.key(3))
-    scored = gatherer(world, config, groups, judge=False)(Policy(config, actor, critic), 0)
-    rewards = {reward for row in scored.rows for reward in row.rewards}
-    if groups == "candidates":
-        assert len(rewards) > 4, "scores are real numbers"
-    else:
-        assert rewards <= {0.0, 1.0} or max(rewards) <= 1.0
+    scored = gatherer(world, config, judge=False)(Policy(config, actor, critic), 0)
+    assert len({reward for row in scored.rows for reward in row.rewards}) > 4
+
+
+@pytest.mark.parametrize(("outcome", "half"), [("f1", 2 / 3), ("em", 0.0)])
+def test_the_outcome_of_each_copy_is_its_reward(world, outcome, half):
+    _, codec, _ = world
+    question = Example("e", "Where is it?", ("Port Selby",))
+    answers = ("Port Selby", "Morn", "Selby")
+    played = [episode(codec, (Answer(text), (), None)) for text in answers]
+    rollout: Any = SimpleNamespace(run=lambda policy, examples, key, report: played)
+    gather = Gatherer(rollout, codec, [question], 1, jax.random.key(0), "episodes", copies=3, outcome=outcome)
+    (row,) = gather(Policy(DecoderConfig(), None), 0).rows  # type: ignore[arg-type]
+    assert row.rewards == pytest.approx([1.0, 0.0, half])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "need_good", "kept"),
+    [((0.5, 0.5), False, 0), ((0.5, 0.2), False, 1), ((0.5, 0.2), True, 0), ((1.0, 0.5), True, 1)],
+)
+def test_states_that_teach_nothing_are_left_out(world, rewards, need_good, kept):
+    _, codec, _ = world
+    candidates = tuple(drawn(codec, f"<answer> {i}</answer>", reward) for i, reward in enumerate(rewards))
+    state = State("Where is it?")
+    played = [Trajectory("e", (Step(state, candidates, 0),), dataclasses.replace(state, answer="0"))]
+    rollout: Any = SimpleNamespace(run=lambda policy, examples, key, report: played)
+    gather = Gatherer(rollout, codec, [Example("e", "?", ("0",))], 1, jax.random.key(0), need_good=need_good)
+    assert len(gather(Policy(DecoderConfig(), None), 0).rows) == kept  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the loop

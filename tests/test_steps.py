@@ -218,7 +218,8 @@ def test_a_critic_with_adapters_trains_its_head_too(batch):
     ("how", "message"),
     [
         ({"leaves": ("q", "attention_norm")}, "LoRA on no matrix; got attention_norm. Use some of q, k, v, o, gate"),
-        ({"rank": 0}, "rank >= 1"),
+        ({"rank": 0}, "adapters of rank 0"),
+        ({"rank": -1}, "rank >= 0"),
         ({"dropout": 1.0}, "dropout < 1"),
     ],
 )

@@ -28,14 +28,14 @@ Adapters = dict[str, dict[str, Any]]  # {"q": {"a": [N, D, R], "b": [N, R, Q * H
 class Lora:
     """Which matrices of a layer get an update, and how large it may be."""
 
-    rank: int = 16
+    rank: int = 16  # 0: no adapters, where a configuration has to say so
     alpha: float = 32.0  # the update is alpha / rank * A B
     dropout: float = 0.0
     leaves: tuple[str, ...] = ("q", "k", "v", "o")
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise InputError("LoRA: rank >= 1 and 0 <= dropout < 1", got=self, remedy="Change them.")
+        if self.rank < 0 or not 0 <= self.dropout < 1:
+            raise InputError("LoRA: rank >= 0 and 0 <= dropout < 1", got=self, remedy="Change them.")
 
     @property
     def scale(self) -> float:
@@ -45,8 +45,10 @@ class Lora:
 def lora_specs(config: DecoderConfig, lora: Lora) -> Adapters:
     """The weight table of the adapters: A as in PEFT of standard deviation (3 in)^-1/2, B zero.
 
-    Raises InputError for a leaf that is no matrix of a layer.
+    Raises InputError for a rank of 0 and for a leaf that is no matrix of a layer.
     """
+    if not lora.rank:
+        raise InputError("adapters of rank 0", got=lora, remedy="Raise the rank, or train all weights.")
     layers = vars(specs(config).layers)
     matrices = {name: spec for name, spec in layers.items() if spec is not None and len(spec.shape) == 3}
     if unknown := [name for name in lora.leaves if name not in matrices]:

@@ -60,13 +60,9 @@ def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array, *, ep
     return whiten(spread, tokens) if kind == "global" else spread
 
 
-def whiten(values: Array, mask: Array, *, shift_mean: bool = True) -> Array:
-    """(v - mean) / std over the entries in the mask, 0 elsewhere.
-
-    The variance is the population's, at least 1e-8. Without `shift_mean` only the scale changes, not the mean.
-    """
+def whiten(values: Array, mask: Array) -> Array:
+    """(v - mean) / std over the entries in the mask, 0 elsewhere; the population's variance, at least 1e-8."""
     count = jnp.maximum(jnp.sum(mask), 1)
     mean = jnp.sum(jnp.where(mask, values, 0.0)) / count
     centred = jnp.where(mask, values - mean, 0.0)
-    scaled = centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / count, 1e-8))
-    return scaled if shift_mean else jnp.where(mask, scaled + mean, 0.0)
+    return centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / count, 1e-8))

@@ -39,15 +39,17 @@ class AdaptiveKL:
     error = clip(KL / target - 1, -0.2, 0.2);  weight <- max(floor, weight * (1 + error * sequences / horizon))
     """
 
-    target: float  # nats for each sequence
+    target: float = 0.0  # nats for each sequence; 0: the weight stays as it is
     horizon: float = 10_000.0  # sequences
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.horizon <= 0 or self.floor < 0:
-            raise InputError("adaptive KL: target > 0, horizon > 0, floor >= 0", got=self, remedy="Change them.")
+        if self.target < 0 or self.horizon <= 0 or self.floor < 0:
+            raise InputError("adaptive KL: target >= 0, horizon > 0, floor >= 0", got=self, remedy="Change them.")
 
     def update(self, weight: float, kl: float, sequences: int) -> float:
         """The weight after a batch of `sequences` with mean `kl`."""
+        if not self.target:
+            return weight
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return max(self.floor, weight * (1 + error * sequences / self.horizon))

@@ -54,8 +54,8 @@ class Experiment:
     """Folder with the official HotpotQA json files."""
     settings: Settings = field(default_factory=Settings)
     """The world and the shapes of batches and rollouts."""
-    lora: Lora | None = None
-    """Train adapters instead of all weights; the model that is written has them merged."""
+    lora: Lora = field(default_factory=lambda: Lora(rank=0))
+    """With a rank above 0 adapters are trained instead of all weights; the model that is written has them merged."""
     parts: int = 1
     """Micro-batches of an update."""
     devices: Devices = field(default_factory=Devices)
@@ -92,12 +92,13 @@ class Placed:
 def placed_decoder(experiment: Experiment, shop: Workshop, start: Decoder) -> Placed:
     """The start on its devices, with fresh adapters under LoRA."""
     mesh, table, frozen = experiment.devices.mesh(), specs(shop.config), start
-    net = Network(shop.config, experiment.lora, experiment.parts, mesh)
+    lora = experiment.lora if experiment.lora.rank else None
+    net = Network(shop.config, lora, experiment.parts, mesh)
     if mesh is not None:
         frozen = place(start, shardings(table, mesh))
-    if experiment.lora is None:
+    if lora is None:
         return Placed(net, frozen, frozen, mesh)
-    pairs = lora_specs(shop.config, experiment.lora)
+    pairs = lora_specs(shop.config, lora)
     adapters = init(pairs, shop.key("adapters"))
     return Placed(net, place(adapters, shardings(pairs, mesh)) if mesh else adapters, frozen, mesh)
 

@@ -39,6 +39,8 @@ from jraggym.sharding import place, shardings
 from jraggym.text.batching import Row
 from jraggym.training import Optimization, Run, fit
 
+COLLECTED = Path("runs/collect/data/data/dataset")  # where train.collect leaves its dataset
+
 
 @dataclass(frozen=True)
 class Sft(Experiment):
@@ -47,7 +49,7 @@ class Sft(Experiment):
     model: Path | None = None
     """Folder of the starting actor; without one it starts from random weights."""
     data: Path | None = None
-    """Folder of train.collect; without one the demonstrations of the world are imitated."""
+    """Dataset of train.collect; without one the demonstrations of the world are imitated."""
     optimization: Optimization = field(default_factory=lambda: Optimization(560, rate=6e-3, warmup=20))
     weighted: bool = False
     """Every candidate, weighted by its reward, instead of the good ones alone."""
@@ -58,7 +60,7 @@ class Dpo(Experiment):
     """Preference optimisation over all good x worse candidates of a state."""
 
     model: Path = Path("runs/sft/model")
-    data: Path = Path("runs/collect/data")
+    data: Path = COLLECTED
     optimization: Optimization = field(default_factory=lambda: Optimization(80, 0.0, rate=5e-4, warmup=10))
     beta: float = 0.1
     ipo: bool = False
@@ -75,7 +77,7 @@ class CriticTraining(Experiment):
     """A process reward model from the ranked candidates of a state; a tenth of the questions is held out."""
 
     model: Path = Path("runs/sft/model")
-    data: Path = Path("runs/collect/data")
+    data: Path = COLLECTED
     optimization: Optimization = field(default_factory=lambda: Optimization(160, 0.0, rate=1e-3, warmup=10))
     pairwise: float = 1.0
     listwise: float = 0.0
@@ -148,8 +150,8 @@ def train_critic_model(
     """Returns the critic, and how it agrees with the labels of the held-out questions."""
     ready = placed_decoder(experiment, shop, start.weights)
     table: Any = critic_specs(shop.config, likelihood=experiment.likelihood)
-    if experiment.lora is not None:
-        table = dataclasses.replace(table, trunk=lora_specs(shop.config, experiment.lora))
+    if ready.net.lora is not None:
+        table = dataclasses.replace(table, trunk=lora_specs(shop.config, ready.net.lora))
     critic = dataclasses.replace(init(table, shop.key("critic")), trunk=ready.weights)
     if ready.mesh is not None:
         critic = place(critic, shardings(table, ready.mesh))
@@ -175,8 +177,7 @@ def judge_agreement(shop: Workshop, ready: Placed, critic: Any, records: Sequenc
 def _held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
     """The records of nine tenths of the questions, and those of the rest."""
     questions = sorted({record.example_id for record in records})
-    held = set(questions[::10])
     if len(questions) < 10:
         raise InputError("too few questions to hold some out", got=len(questions), remedy="Collect ten or more.")
-    parts = ([r for r in records if r.example_id not in held], [r for r in records if r.example_id in held])
-    return parts
+    held = set(questions[::10])
+    return [r for r in records if r.example_id not in held], [r for r in records if r.example_id in held]
