@@ -13,6 +13,7 @@ from flax import struct
 from jax import Array
 
 from jraggym.errors import InputError
+from jraggym.models.attention import soft_cap
 from jraggym.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -86,7 +87,7 @@ def sample(
 
     def body(now: _Decoding) -> _Decoding:
         hidden, cache = decode_step(weights, config, prefix, now.cache, now.step, now.token)
-        logits = (hidden @ matrix).astype(jnp.float32)
+        logits = soft_cap((hidden @ matrix).astype(jnp.float32), config.final_cap)
         token = draw(logits, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, now.step))
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
         logprob = chosen - jax.nn.logsumexp(logits, axis=-1)

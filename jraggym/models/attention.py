@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jraggym.models.architecture import RopeScaling
+
 
 class Keys(NamedTuple):
     """One set of keys that queries attend to."""
@@ -21,11 +23,28 @@ class Keys(NamedTuple):
     visible: Array  # bool, broadcasts to [X, Q, T, S], with 1, Y or X rows
 
 
-def rotary(position: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines [X, 1, T, H / 2] for positions [X, T] (RoFormer, arXiv 2104.09864)."""
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Array:
+    """How fast the pairs [H / 2] turn, in radians a position (RoFormer, arXiv 2104.09864), after scaling."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2) / head_dim)
+    if scaling is None or scaling.kind == "none":
+        return frequency
+    slow = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original * frequency / (2 * jnp.pi)  # over the positions of the first training
+    kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return (1.0 - kept) * slow + kept * frequency
+
+
+def rotary(position: Array, frequency: Array) -> tuple[Array, Array]:
+    """Cosines and sines [X, 1, T, H / 2] for positions [X, T]."""
     angle = position[:, None, :, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap), which stays within (-cap, cap); x itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def turn(x: Array, angles: tuple[Array, Array]) -> Array:
@@ -35,14 +54,16 @@ def turn(x: Array, angles: tuple[Array, Array]) -> Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: Array, parts: list[Keys]) -> Array:
+def attend(q: Array, parts: list[Keys], scale: float, cap: float | None = None) -> Array:
     """Softmax attention of queries [X, Q, T, H] over the union of several key sets; returns [X, T, Q * H].
+
+    Scores are soft_cap(scale * q . k, cap).
 
     X may be a multiple of a set's Y: the B * K branches share the keys of B prompts. Splitting is exact: with
     scores [s1 | s2], softmax(s) V = (e^s1 V1 + e^s2 V2) / (sum e^s1 + sum e^s2).
     """
     x, heads, t, h = q.shape
-    scores = [_scores(q * h**-0.5, part) for part in parts]
+    scores = [_scores(q * scale, part, cap) for part in parts]
     top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1, initial=-1e30) for s in scores]), axis=0))
     total, mixed = jnp.zeros(()), jnp.zeros((), q.dtype)
     for score, part in zip(scores, parts, strict=True):
@@ -53,13 +74,13 @@ def attend(q: Array, parts: list[Keys]) -> Array:
     return out.swapaxes(1, 2).reshape(x, t, heads * h)
 
 
-def _scores(q: Array, part: Keys) -> Array:
+def _scores(q: Array, part: Keys, cap: float | None) -> Array:
     """Masked scores [X, Q, T, S] in float32."""
     grouped = _group(q, *part.k.shape[:2])
     scores = jnp.einsum("ygrh,ygsh->ygrs", grouped, part.k, preferred_element_type=jnp.float32)
     rows = part.visible.shape[0]
     visible = part.visible if rows in (1, q.shape[0]) else jnp.repeat(part.visible, q.shape[0] // rows, axis=0)
-    return jnp.where(visible, _ungroup(scores, q.shape[:3]), -1e30)
+    return jnp.where(visible, soft_cap(_ungroup(scores, q.shape[:3]), cap), -1e30)
 
 
 def _mix(weight: Array, v: Array) -> Array:

@@ -36,10 +36,11 @@ def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens
 
     Args: prefix from the critic's own trunk; tokens, mask [B, K, A], the first token being the prompt's last.
     """
-    return scores_of_hidden(weights, branch_forward(weights.trunk, config, prefix, tokens, mask), tokens, mask)
+    hidden = branch_forward(weights.trunk, config, prefix, tokens, mask)
+    return scores_of_hidden(weights, config, hidden, tokens, mask)
 
 
-def scores_of_hidden(weights: Critic, hidden: Array, tokens: Array, mask: Array) -> Array:
+def scores_of_hidden(weights: Critic, config: DecoderConfig, hidden: Array, tokens: Array, mask: Array) -> Array:
     """Scores [B, K] from the trunk's hidden states [B, K, A, D] of the branches."""
     last = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
     final = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
@@ -47,5 +48,6 @@ def scores_of_hidden(weights: Critic, hidden: Array, tokens: Array, mask: Array)
     if weights.likelihood is None:
         return score
     before, targets = hidden[:, :, :-1].reshape(-1, hidden.shape[-1]), tokens[:, :, 1:]
-    logprob = chunked_logprobs(before, unembedding(weights.trunk), targets.reshape(-1)).reshape(targets.shape)
-    return score + weights.likelihood * jnp.sum(jnp.where(mask[:, :, 1:], logprob, 0.0), axis=-1)
+    logprob = chunked_logprobs(before, unembedding(weights.trunk), targets.reshape(-1), config.final_cap)
+    logprob = jnp.where(mask[:, :, 1:], logprob.reshape(targets.shape), 0.0)
+    return score + weights.likelihood * jnp.sum(logprob, axis=-1)

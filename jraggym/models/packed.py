@@ -5,7 +5,8 @@
 A token sees what is before it in the prompt and in its own branch. That mask is static: the kernel skips the blocks
 of it that are empty. Padding (on the left of prompts, on the right of actions) differs from row to row, and is a
 segment of its own: padding sees padding only, real tokens see real tokens only, and every token sees itself, so no
-softmax is empty.
+softmax is empty. A window cuts that mask by positions, which differ within the prompt and within a branch as places
+do. Where layers are local and global, each has its own kernel, and a switch in the scan of layers takes one.
 
 prefix_forward and branch_forward compute the same with scores [B * K, Q, A + 1, P + A] in memory; a fused kernel
 keeps its scores on the chip, forward and backward.
@@ -41,6 +42,8 @@ from jraggym.models.decoder import (
     Layer,
     angles_at,
     embed,
+    local_layers,
+    of_layer,
     qkv,
     rematted,
     residual,
@@ -81,9 +84,10 @@ def packed_forward(
     """
     b, k_, a = tokens.shape
     prefix = prompt.shape[1] - 1
-    attention = _attention(config, prefix, a, block, platform or jax.default_backend())
+    where = platform or jax.default_backend()
+    kernels = [_attention(config, prefix, a, window, block, where) for window in config.windows]
     if mesh is not None:
-        attention = _on_mesh(attention, config, mesh, b)
+        kernels = [_on_mesh(kernel, config, mesh, b) for kernel in kernels]
 
     start = jnp.cumsum(prompt_mask, axis=1) - 1
     ahead = jnp.broadcast_to(start[:, -1:, None] + jnp.arange(a), (b, k_, a))
@@ -92,21 +96,30 @@ def packed_forward(
     position = jnp.concatenate([start[:, :-1], ahead.reshape(b, k_ * a)], axis=1)
     angles = angles_at(config, position)
 
-    def step(x: Array, layer: Layer) -> tuple[Array, None]:
-        mixed = attention(*qkv(layer, config, x, angles), real)
+    def step(x: Array, inputs: tuple[Layer, Array | None]) -> tuple[Array, None]:
+        layer, local = inputs
+        heads = qkv(layer, config, x, of_layer(angles, local))
+        mixed = kernels[0](*heads, real) if local is None else jax.lax.cond(local, *kernels[::-1], *heads, real)
         return residual(layer, config, x, mixed.reshape(*x.shape[:2], -1)), None
 
-    x, _ = jax.lax.scan(rematted(step, config), embed(weights, config, ids), weights.layers)
-    return rms_norm(x[:, prefix:], weights.final_norm, config.norm_eps).reshape(b, k_, a, config.model)
+    x = embed(weights, config, ids)
+    x, _ = jax.lax.scan(rematted(step, config), x, (weights.layers, local_layers(config)))
+    return rms_norm(x[:, prefix:], weights.final_norm, config).reshape(b, k_, a, config.model)
 
 
-def visible(query: Any, key: Any, prefix: int, branch: int) -> Any:
+def visible(query: Any, key: Any, prefix: int, branch: int, window: int | None = None) -> Any:
     """Whether a packed token sees another, by their places: numpy in, numpy out; jax in, jax out.
 
-    Args: prefix: P - 1, where the first branch begins; branch: A + 1, the length of one.
+    Args: prefix: P - 1, where the first branch begins; branch: A + 1, the length of one; window: how many positions
+      a token sees, its own included.
     """
     begin = query - (query - prefix) % branch  # of the query's own branch
-    return (key <= query) & ((key < prefix) | (key >= begin))
+    causal = (key <= query) & ((key < prefix) | (key >= begin))
+    if window is None:
+        return causal
+    behind = query - key  # in places; a later branch is further from the prompt by the branches between
+    between = (query >= prefix) * (key < prefix) * (begin - prefix)
+    return causal & (behind - between < window)
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class PackedMask(Mask):
     length: int  # T and what fills the last block
     prefix: int
     branch: int
+    window: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,7 +140,7 @@ class PackedMask(Mask):
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         query, key = (np.arange(self.length, dtype=np.int32)[part] for part in index)
-        return visible(query[:, None], key, self.prefix, self.branch)
+        return visible(query[:, None], key, self.prefix, self.branch, self.window)
 
 
 def blocks(length: int, longest: int) -> tuple[int, int]:
@@ -139,7 +153,9 @@ def blocks(length: int, longest: int) -> tuple[int, int]:
     return side, side * -(-length // side)
 
 
-def _attention(config: DecoderConfig, prefix: int, branch: int, block: int, platform: str) -> Callable:
+def _attention(
+    config: DecoderConfig, prefix: int, branch: int, window: int | None, block: int, platform: str
+) -> Callable:
     """A function from q [B, Q, T, H], k and v [B, G, T, H] and real bool [B, T] to mixed values [B, T, Q, H]."""
     home = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention)
     if home is None:
@@ -153,23 +169,29 @@ def _attention(config: DecoderConfig, prefix: int, branch: int, block: int, plat
             raise InputError(f"block must be a multiple of {LANES}", got=block, remedy=f"The default is {BLOCK}.")
         if platform == "tpu" and config.dtype == "float16":
             raise InputError("splash attention cannot load float16", got=config.dtype, remedy="Use bfloat16.")
-        return partial(_splash, prefix=prefix, branch=branch, block=block, interpret=platform == "cpu")
+        mask = partial(PackedMask, prefix=prefix, branch=branch, window=window)
+        return partial(_splash, config=config, mask=mask, block=block, interpret=platform == "cpu")
+    if config.score_cap is not None:
+        remedy = 'Set attention to "xla", or to "splash" on tpu.'
+        raise InputError("cudnn attention has no score_cap", got=config.score_cap, remedy=remedy)
     if platform == "gpu" and jnp.dtype(config.dtype).itemsize != 2:
         raise InputError("cudnn attention needs 16-bit activations", got=config.dtype, remedy="Use bfloat16.")
     if platform == "gpu" and config.head_dim % 8:
         remedy = 'Change it, or set attention to "xla".'
         raise InputError("cudnn attention needs a head_dim that 8 divides", got=config.head_dim, remedy=remedy)
-    return partial(_cudnn, prefix=prefix, branch=branch, implementation="cudnn" if platform == "gpu" else "xla")
+    mask = partial(visible, prefix=prefix, branch=branch, window=window)
+    return partial(_cudnn, config=config, mask=mask, implementation="cudnn" if platform == "gpu" else "xla")
 
 
 def _splash(
-    q: Array, k: Array, v: Array, real: Array, *, prefix: int, branch: int, block: int, interpret: bool
+    q: Array, k: Array, v: Array, real: Array, *, config: DecoderConfig, mask: Callable, block: int, interpret: bool
 ) -> Array:
-    heads, length, head_dim = q.shape[1:]
+    heads, length = q.shape[1:3]
     side, whole = blocks(length, block)
     # The kernel for many heads also takes grouped ones: a block of keys is read where it lies, and never repeated.
     kernel = make_splash_mha(
-        MultiHeadMask([PackedMask(whole, prefix, branch)] * heads),
+        MultiHeadMask([mask(whole)] * heads),
+        attn_logits_soft_cap=config.score_cap,
         block_sizes=BlockSizes(
             block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side
         ),
@@ -178,19 +200,23 @@ def _splash(
         interpret=interpret,
     )
     # Here and not before the layers, so that no product with weights is spent on what fills up the last block.
-    q, k, v = (_fill(x, whole, axis=2) for x in (q * head_dim**-0.5, k, v))
+    q, k, v = (_fill(x, whole, axis=2) for x in (q * config.score_scale, k, v))
     segment = _fill(real, whole, axis=1).astype(jnp.int32)
     mixed = jax.vmap(kernel)(q, k, v, SegmentIds(segment, segment))
     return mixed[:, :, :length].swapaxes(1, 2)
 
 
-def _cudnn(q: Array, k: Array, v: Array, real: Array, *, prefix: int, branch: int, implementation: Any) -> Array:
+def _cudnn(
+    q: Array, k: Array, v: Array, real: Array, *, config: DecoderConfig, mask: Callable, implementation: Any
+) -> Array:
     length = q.shape[2]
     whole = _up(length, ALIGNED)
     q, k, v = (_fill(x.swapaxes(1, 2), whole, axis=1) for x in (q, k, v))
     real, place = _fill(real, whole, axis=1), jnp.arange(whole)
-    seen = visible(place[:, None], place, prefix, branch) & (real[:, :, None] == real[:, None, :])
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation=implementation)
+    seen = mask(place[:, None], place) & (real[:, :, None] == real[:, None, :])
+    mixed = jax.nn.dot_product_attention(
+        q, k, v, mask=seen[:, None], scale=config.score_scale, implementation=implementation
+    )
     return mixed[:, :length]
 
 

@@ -43,7 +43,7 @@ def token_logprobs(
     there are in the batch (default: all B * K * A positions); more than that gives NaN, never a silent cut. `mesh` is
     where batch and weights lie; only a fused attention kernel (`config.attention`) has to know it.
     """
-    return _read_tokens(chunked_logprobs, weights, _hidden(weights, config, batch, mesh), batch, capacity)
+    return _read_tokens(chunked_logprobs, weights, config, batch, capacity, mesh)
 
 
 def token_logprobs_and_entropy(
@@ -54,7 +54,7 @@ def token_logprobs_and_entropy(
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """The same, and the entropy [B, K, A] of the distribution that each of these tokens is drawn from, in nats."""
-    return _read_tokens(chunked_logprobs_and_entropy, weights, _hidden(weights, config, batch, mesh), batch, capacity)
+    return _read_tokens(chunked_logprobs_and_entropy, weights, config, batch, capacity, mesh)
 
 
 def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None = None) -> Array:
@@ -65,7 +65,7 @@ def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch, me
 
 def candidate_scores(weights: Critic, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None = None) -> Array:
     """Critic scores [B, K]."""
-    return scores_of_hidden(weights, _hidden(weights.trunk, config, batch, mesh), *branches(batch))
+    return scores_of_hidden(weights, config, _hidden(weights.trunk, config, batch, mesh), *branches(batch))
 
 
 def by_rows(forward: Callable[[Any, ProcessBatch], Any], weights: Any, batch: ProcessBatch, parts: int) -> Any:
@@ -102,8 +102,15 @@ def _hidden(weights: Decoder, config: DecoderConfig, batch: ProcessBatch, mesh: 
     return branch_forward(weights, config, prefix, *branches(batch))
 
 
-def _read_tokens(read: Callable, weights: Decoder, hidden: Array, batch: ProcessBatch, capacity: int | None):
-    hidden = hidden[:, :, :-1]
+def _read_tokens(
+    read: Callable,
+    weights: Decoder,
+    config: DecoderConfig,
+    batch: ProcessBatch,
+    capacity: int | None,
+    mesh: Mesh | None,
+):
+    hidden = _hidden(weights, config, batch, mesh)[:, :, :-1]
     wanted = (batch.loss_mask & batch.action_mask).reshape(-1)
     size = min(capacity or wanted.size, wanted.size)
     (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
@@ -115,4 +122,4 @@ def _read_tokens(read: Callable, weights: Decoder, hidden: Array, batch: Process
         flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")
         return flat.reshape(batch.action.shape)
 
-    return jax.tree.map(back, read(rows, unembedding(weights), targets))
+    return jax.tree.map(back, read(rows, unembedding(weights), targets, config.final_cap))
