@@ -1,0 +1,304 @@
+"""The families of decoders that `transformers` knows, as one table of differences, and their config.json in and out.
+
+Every key of a config.json is read, must have the one value that this decoder computes, is harmless, or is refused by
+its name: nothing is ignored that could change a number.
+
+    config = decoder_config(json.loads(path.read_text()))      a DecoderConfig
+    values = family_config(config, eos_token_id=2)             a config.json that transformers.AutoConfig reads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from jraggym.errors import InputError
+from jraggym.models.architecture import DecoderConfig, RopeScaling
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart: the fields of DecoderConfig that it fixes, and how its config.json says the others."""
+
+    model_type: str
+    name: str  # of its classes, as in LlamaForCausalLM
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    tied: bool = False  # where config.json does not say
+    head_dim: int | None = None  # the same; None: hidden_size / num_attention_heads
+    window: str = "none"  # which layers are local: "none", "all", "late", "listed"
+    pattern: int = 0  # where "listed" layers are not listed: every which one is global
+    caps: tuple[float | None, float | None] = (None, None)  # of scores and logits, where config.json does not say
+    thetas: tuple[float, ...] = (10_000.0,)  # where config.json does not say: of all layers, or of (global, local)
+    required: Mapping[str, tuple] = field(default_factory=dict)  # key -> the values that this decoder computes
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The classes whose trunk this is; the first is the language model."""
+        text = {"Gemma3": "Gemma3Text"}.get(self.name, self.name)
+        return f"{self.name}ForCausalLM", f"{text}ForSequenceClassification", f"{text}Model"
+
+
+GEMMA = {
+    "activation": "gelu_tanh", "post_norms": True, "gain_offset": True, "scale_embed": True, "qkv_bias": False
+}  # fmt: skip
+PLAIN = {"scale_embed": False, "qkv_bias": False}
+SILU, NO_BIAS = {"hidden_act": ("silu",)}, {"attention_bias": (False,)}
+GELU = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",))
+CAUSAL = {"use_bidirectional_attention": (None, False)}
+
+FAMILIES = (
+    Family("llama", "Llama", PLAIN, required={**SILU, **NO_BIAS, "mlp_bias": (False,), "rope_interleaved": (False,)}),
+    Family("mistral", "Mistral", PLAIN, window="all", required=SILU),
+    Family(
+        "qwen2", "Qwen2", {**PLAIN, "qkv_bias": True}, window="late", required={**SILU, "use_mrope": (False,)}
+    ),
+    Family(
+        "qwen3", "Qwen3", {**PLAIN, "qk_norm": True}, head_dim=128, window="late", required={**SILU, **NO_BIAS}
+    ),
+    Family(
+        "gemma2", "Gemma2", GEMMA, tied=True, head_dim=256, window="listed", pattern=2, caps=(50.0, 30.0),
+        required={**GELU, **NO_BIAS, **CAUSAL, "sliding_window_pattern": (None, 2)},
+    ),
+    Family(
+        "gemma3_text", "Gemma3", {**GEMMA, "qk_norm": True}, tied=True, head_dim=256, window="listed", pattern=6,
+        thetas=(1_000_000.0, 10_000.0), required={**GELU, **NO_BIAS, **CAUSAL},
+    ),
+)  # fmt: skip
+
+SIZES = {  # keys that every config.json has
+    "vocab_size": "vocab",
+    "hidden_size": "model",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "query_heads",
+    "intermediate_size": "feed_forward",
+}
+CAPS = {"attn_logit_softcapping": "score_cap", "final_logit_softcapping": "final_cap"}
+REQUIRED: Mapping[str, tuple] = {  # of every family
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": (None, {}),
+    "chunk_size_feed_forward": (0,),
+    "use_bfloat16": (False,),
+}
+HARMLESS = frozenset(  # of training, generation, bookkeeping and classifiers' heads; no number of the trunk reads them
+    "transformers_version torch_dtype dtype use_cache initializer_range max_position_embeddings bos_token_id "
+    "eos_token_id pad_token_id sep_token_id decoder_start_token_id _name_or_path name_or_path tokenizer_class "
+    "output_attentions output_hidden_states return_dict torchscript is_decoder cache_implementation pretraining_tp "
+    "attn_implementation _attn_implementation _attn_implementation_autoset problem_type num_labels id2label label2id "
+    "finetuning_task task_specific_params prefix is_llama_config unsloth_version unsloth_fixed "
+    "temperature top_k top_p typical_p repetition_penalty length_penalty max_length min_length do_sample num_beams "
+    "num_beam_groups diversity_penalty early_stopping num_return_sequences no_repeat_ngram_size bad_words_ids "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "forced_bos_token_id forced_eos_token_id remove_invalid_values return_dict_in_generate output_scores".split()
+)
+
+
+def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
+    """The configuration that a parsed config.json describes, in the spelling of transformers 4 or 5.
+
+    Raises InputError, with the key's name, for a family, a key or a value that this decoder does not compute.
+    """
+    family = _family(values)
+    left = dict(values)
+    for key, allowed in {**REQUIRED, **family.required}.items():
+        if (value := left.pop(key, allowed[0])) not in allowed:
+            remedy = f"This decoder computes {family.model_type} with {key} = {allowed[0]!r} only."
+            raise InputError(f"config.json: {key} is not supported", got=repr(value), remedy=remedy)
+    if family.model_type == "llama":
+        left.setdefault("num_key_value_heads", None)  # its first files had none
+    if missing := [key for key in (*SIZES, "num_key_value_heads") if key not in left]:
+        raise InputError("config.json lacks a size", got=f"no {', '.join(missing)}", remedy="Is the file whole?")
+    for key in (*SIZES, "num_key_value_heads", "head_dim"):
+        if not isinstance(size := left.get(key), int | None) or size == 0 or (size is None and key in SIZES):
+            raise InputError(f"config.json: {key} is no size", got=repr(size), remedy="Write a positive integer.")
+
+    def take(key: str, default: Any = None) -> Any:
+        value = left.pop(key, None)
+        return default if value is None else value
+
+    said: dict[str, Any] = {**family.fixed, **{name: take(key) for key, name in SIZES.items()}}
+    said["kv_heads"] = take("num_key_value_heads", said["query_heads"])
+    said["head_dim"] = take("head_dim", family.head_dim or said["model"] // said["query_heads"])
+    said["norm_eps"] = take("rms_norm_eps", 1e-6)
+    said["tied"] = take("tie_word_embeddings", family.tied)
+    if family.fixed.get("post_norms"):  # Gemma
+        said["query_scalar"] = float(take("query_pre_attn_scalar", 256))
+        for (key, name), cap in zip(CAPS.items(), family.caps, strict=True):
+            said[name] = left.pop(key, cap)
+    said |= _windows(family, left, said["layers"])
+    said |= _rope(family, left, said)
+    unknown = sorted(left.keys() - HARMLESS - {"model_type", "architectures"})
+    if unknown := [key for key in unknown if left[key] is not None]:
+        got = ", ".join(f"{key} = {left[key]!r}" for key in unknown)
+        remedy = f"Nothing in this decoder's {family.model_type} reads it; it might change the model."
+        raise InputError("config.json: unknown settings", got=got, remedy=remedy)
+    return DecoderConfig(**said)
+
+
+def _family(values: Mapping[str, Any]) -> Family:
+    known = {family.model_type: family for family in FAMILIES}
+    family = known.get(values.get("model_type", ""))
+    if family is None:
+        remedy = f"Use one of {', '.join(known)}."
+        raise InputError("config.json: unknown model_type", got=values.get("model_type"), remedy=remedy)
+    for name in values.get("architectures") or ():
+        if name not in family.architectures:
+            remedy = f"Use one of {', '.join(family.architectures)}."
+            raise InputError("config.json: architectures is not supported", got=name, remedy=remedy)
+    return family
+
+
+def _windows(family: Family, left: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The fields `window` and `local`; takes their keys out of `left`."""
+    listed = left.pop("layer_types", None)
+    window = left.pop("sliding_window", None if family.window == "none" else 4096)
+    late, pattern = 28, family.pattern
+    if family.window == "late":
+        late = left.pop("max_window_layers", late)
+        window = window if left.pop("use_sliding_window", False) else None
+    if family.window == "listed":
+        found = [left.pop(key, None) for key in ("sliding_window_pattern", "_sliding_window_pattern")]
+        pattern = next((p for p in found if p), pattern)
+    if listed is None:
+        local = {
+            "none": lambda n: False,
+            "all": lambda n: window is not None,
+            "late": lambda n: window is not None and n >= late,
+            "listed": lambda n: bool((n + 1) % pattern),
+        }[family.window]
+        listed = [SLIDING if local(n) else FULL for n in range(layers)]
+    got = ", ".join(map(str, listed))
+    if set(listed) - {SLIDING, FULL} or len(listed) != layers:
+        remedy = f"Name {SLIDING} or {FULL} for each of the {layers} layers."
+        raise InputError("config.json: layer_types is not supported", got=got, remedy=remedy)
+    if window is None and SLIDING in listed:
+        raise InputError("config.json: layer_types without a sliding_window", got=got, remedy="Set sliding_window.")
+    if family.window == "none" and window is not None:
+        remedy = f"{family.model_type} has no local layers; is it a mistral?"
+        raise InputError("config.json: sliding_window is not supported", got=window, remedy=remedy)
+    if family.window == "all" and window is not None and FULL in listed:
+        remedy = f"All layers of {family.model_type} are local."
+        raise InputError("config.json: layer_types is not supported", got=got, remedy=remedy)
+    local_layers = tuple(kind == SLIDING for kind in listed)
+    if not any(local_layers):
+        return {}
+    return {"window": window, "local": None if all(local_layers) else local_layers}
+
+
+def _rope(family: Family, left: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of rotary positions; takes their keys out of `left`."""
+    found, scaling = left.pop("rope_parameters", None) or {}, left.pop("rope_scaling", None) or {}
+    theta = left.pop("rope_theta", None) or family.thetas[0]
+    if len(family.thetas) == 1:
+        theta, scaling = _rotation({"rope_theta": theta, **(scaling or found)})
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    near = left.pop("rope_local_base_freq", None) or family.thetas[1]
+    if unknown := found.keys() - {FULL, SLIDING}:
+        remedy = f"Write one record for {FULL} and one for {SLIDING}."
+        raise InputError("config.json: rope_parameters", got=", ".join(sorted(unknown)), remedy=remedy)
+    theta, scaling = _rotation({"rope_theta": theta, **(found.get(FULL) or {}), **scaling})
+    near, unscaled = _rotation({"rope_theta": near, **(found.get(SLIDING) or {})})
+    if unscaled != RopeScaling():
+        remedy = "Only global layers can have one."
+        raise InputError("config.json: rope_parameters: scaling of local layers", got=unscaled.kind, remedy=remedy)
+    return {"rope_theta": theta, "rope_scaling": scaling} | ({"local_rope_theta": near} if "window" in said else {})
+
+
+ROTATION = {  # rope_type -> key -> field of RopeScaling
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high",
+        "original_max_position_embeddings": "original",
+    },
+}  # fmt: skip
+
+
+def _rotation(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+    left = dict(values)
+    old = left.pop("type", "default")
+    kind, theta = left.pop("rope_type", old), float(left.pop("rope_theta"))
+    if kind not in ROTATION:
+        remedy = f"Use one of {', '.join(ROTATION)}."
+        raise InputError("config.json: rope_type is not supported", got=kind, remedy=remedy)
+    if left.pop("partial_rotary_factor", 1) not in (1, None):
+        got = values["partial_rotary_factor"]
+        raise InputError("config.json: partial_rotary_factor is not supported", got=got, remedy="It must be 1.")
+    keys = ROTATION[kind]
+    if missing := keys.keys() - left.keys():
+        raise InputError(
+            f"config.json: {kind} rotation lacks a key", got=f"no {', '.join(sorted(missing))}", remedy="Add it."
+        )
+    if unknown := left.keys() - keys.keys():
+        got = ", ".join(sorted(unknown))
+        raise InputError(f"config.json: {kind} rotation with unknown keys", got=got, remedy="Leave them out.")
+    said = {name: left[key] for key, name in keys.items()}
+    return theta, RopeScaling("none" if kind == "default" else kind, **said)
+
+
+# ---------------------------------------------------------------- and back
+
+
+def family_config(config: DecoderConfig, **more: Any) -> dict[str, Any]:
+    """The config.json of the first family that describes this configuration; `decoder_config` reads it back.
+
+    Args: more: keys to add or replace, such as eos_token_id, max_position_embeddings, dtype.
+    Raises InputError for a configuration that no family has, naming what is in the way. Scaled embeddings outside
+      Gemma are one such thing: `unscaled` in tensor_names.py moves the factor into the table.
+    """
+    config = replace(config, dtype="float32", remat="none", attention="xla")  # of computing, not of the model
+    unlike: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        values = _written(family, config)
+        read = decoder_config(values)
+        unlike[family.model_type] = [f.name for f in fields(read) if getattr(read, f.name) != getattr(config, f.name)]
+        if read == config:
+            return {**values, **more}
+    nearest = min(unlike, key=lambda name: len(unlike[name]))
+    remedy = f"The nearest family, {nearest}, has other values there."
+    raise InputError("no family has this configuration", got=", ".join(unlike[nearest]), remedy=remedy)
+
+
+def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architectures": [family.architectures[0]],
+        **{key: getattr(config, name) for key, name in SIZES.items()},
+        **{key: allowed[0] for key, allowed in family.required.items() if allowed[0] is not None},
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": 131_072,
+    }
+    scaling = config.rope_scaling
+    if scaling.kind != "none":
+        keys = ROTATION[scaling.kind].items()
+        values["rope_scaling"] = {"rope_type": scaling.kind, **{key: getattr(scaling, name) for key, name in keys}}
+    if len(family.thetas) == 2:
+        values["rope_local_base_freq"] = config.local_rope_theta or family.thetas[1]
+    if family.fixed.get("post_norms"):
+        scalar = config.query_scalar or config.head_dim
+        values["query_pre_attn_scalar"] = int(scalar) if scalar == int(scalar) else scalar
+        values |= {key: getattr(config, name) for key, name in CAPS.items()}
+    if family.window != "none":
+        values["sliding_window"] = config.window
+    if family.window in ("late", "listed"):
+        local = config.local or (config.window is not None,) * config.layers
+        values["layer_types"] = [SLIDING if here else FULL for here in local]
+    if family.window == "late":
+        values |= {
+            "use_sliding_window": config.window is not None,
+            "max_window_layers": values["layer_types"].count(FULL),
+        }
+    return values

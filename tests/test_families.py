@@ -1,0 +1,411 @@
+"""Every family against transformers: each layer, logits, branches, cache, generation, likelihoods, gradients, meshes;
+and config.json in and out."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from array_samples import random_batch, random_decoder, worst_difference
+from hf_samples import FAMILIES, SIZES, from_state, hf_config, sample_model, to_state, until_layer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jraggym.errors import InputError
+from jraggym.models.attention import soft_cap
+from jraggym.models.decoder import (
+    DecoderConfig,
+    RopeScaling,
+    branch_forward,
+    decode_step,
+    empty_cache,
+    init,
+    prefix_forward,
+    specs,
+    unembedding,
+)
+from jraggym.models.families import decoder_config, family_config
+from jraggym.models.packed import packed_forward
+from jraggym.models.tensor_names import unscaled
+from jraggym.objectives.forward import branches, token_logprobs, token_logprobs_and_entropy
+from jraggym.sampling import Sampling, sample
+from jraggym.sharding import batch_sharding, make_mesh, place, shardings
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CLOSE = 1e-4
+NAMES = list(FAMILIES)
+
+
+@pytest.fixture(params=NAMES)
+def case(request):
+    return sample_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Left-padded prompts, longer than the windows, with two right-padded candidates each."""
+    return random_batch(seed=1, rows=4, candidates=2, prompt=12, action=7, vocab=64)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def forward(weights, config, prompt, prompt_mask, tokens, mask):
+    """Hidden states [B, K, A, D] of the branches, and their logits."""
+    prefix = prefix_forward(weights, config, prompt, prompt_mask)
+    hidden = branch_forward(weights, config, prefix, tokens, mask)
+    return hidden, soft_cap(hidden @ unembedding(weights), config.final_cap)
+
+
+def theirs(model, ids, real):
+    """Hidden states after the embedding and every layer, all behind the last norm, and logits, by transformers."""
+    position = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(real).long(),
+            position_ids=torch.tensor(position),
+            output_hidden_states=True,
+        )
+        hidden = [model.model.norm(h).numpy() for h in found.hidden_states[:-1]]
+    return [*hidden, found.hidden_states[-1].numpy()], found.logits.numpy()
+
+
+def written_out(batch):
+    """Ids and mask [B * K, P + A] of every candidate behind its own copy of the prompt."""
+    parts = [(batch.prompt, batch.action), (batch.prompt_mask, batch.action_mask)]
+    k = batch.action.shape[1]
+    return [np.concatenate([np.repeat(p[:, None], k, 1), a], axis=2).reshape(len(p) * k, -1) for p, a in parts]
+
+
+# ---------------------------------------------------------------- the same numbers as transformers
+
+
+def assert_every_layer(model, config, weights, ids, real, begin, inputs):
+    """Our hidden states and logits of the tokens from `begin` on against those of the whole sequences."""
+    hidden, logits = theirs(model, ids, real)
+    where = real[:, begin:]
+    assert np.std(logits[:, begin:][where]) > 0.3, "the comparison is empty: all logits alike"
+    for n, expected in enumerate(hidden):
+        found, ours = forward(until_layer(weights, n), config, *inputs)
+        found = np.asarray(found).reshape(*where.shape, -1)
+        assert worst_difference(found[where], expected[:, begin:][where]) < CLOSE, f"layer {n}"
+    ours = np.asarray(ours).reshape(*where.shape, -1)
+    assert worst_difference(ours[where], logits[:, begin:][where]) < CLOSE
+
+
+def test_left_padded_prompts_with_branches_layer_by_layer(case, batch):
+    ids, real = written_out(batch)
+    inputs = batch.prompt, batch.prompt_mask, *branches(batch)
+    assert_every_layer(*case, ids, real, batch.prompt.shape[1] - 1, inputs)
+
+
+def test_right_padded_sequences_layer_by_layer(case):
+    rng = np.random.default_rng(2)
+    ids = rng.integers(3, 64, (3, 17), dtype=np.int32)
+    real = np.arange(17) < np.array([[17], [9], [3]])
+    inputs = ids[:, :1], real[:, :1], ids[:, None], real[:, None]
+    assert_every_layer(*case, ids, real, 0, inputs)
+
+
+def test_decode_steps_equal_the_whole_sequences(case, batch):
+    model, config, weights = case
+    tokens = np.asarray(branches(batch)[0])
+    ids, real = written_out(batch.replace(action_mask=np.ones_like(batch.action_mask)))
+    first = batch.prompt.shape[1] - 1
+    expected = theirs(model, ids, real)[0][-1][:, first:].reshape(*tokens.shape, -1)
+    prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
+    cache = empty_cache(config, prefix, tokens.shape[1], tokens.shape[2] + 1)
+    cache = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7.0), cache)  # slots to come must stay unseen
+    step = jax.jit(decode_step, static_argnums=1)
+    for slot in range(tokens.shape[2]):
+        hidden, cache = step(weights, config, prefix, cache, np.int32(slot), tokens[:, :, slot])
+        assert worst_difference(hidden, expected[:, :, slot]) < CLOSE, f"slot {slot}"
+
+
+def test_greedy_generation_is_that_of_transformers(case, batch):
+    model, config, weights = case
+    with torch.no_grad():
+        expected = model.generate(
+            input_ids=torch.tensor(batch.prompt).long(),
+            attention_mask=torch.tensor(batch.prompt_mask).long(),
+            generation_config=type(model.generation_config)(
+                max_new_tokens=64,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=64,  # which no model can say
+            ),
+        )[:, batch.prompt.shape[1] :].numpy()
+
+    @jax.jit
+    def greedy(weights):
+        prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
+        keys = jax.random.split(jax.random.key(0), len(batch.prompt))
+        sampling = Sampling(candidates=2, max_tokens=64, temperature=0.0)
+        return sample(weights, config, sampling, prefix, batch.prompt[:, -1], jnp.array([-1]), keys)
+
+    found = np.asarray(greedy(weights).tokens)
+    assert len(np.unique(expected)) > 3, "the comparison is empty: always the same token"
+    assert found[:, 0].tolist() == expected.tolist()
+    assert found[:, 1].tolist() == expected.tolist()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def value_and_grad(weights, config, batch):
+    return jax.value_and_grad(lambda w: jnp.mean(token_logprobs(w, config, batch)))(weights)
+
+
+def test_likelihoods_entropies_and_gradients(case, batch):
+    model, config, weights = case
+    ids, real = written_out(batch)
+    logits = theirs(model, ids, real)[1][:, batch.prompt.shape[1] - 1 : -1].astype(np.float64)
+    all_logprobs = torch.log_softmax(torch.tensor(logits), dim=-1).numpy().reshape(*batch.action.shape, -1)
+    expected = np.take_along_axis(all_logprobs, batch.action[..., None], axis=-1)[..., 0]
+    entropy = -np.sum(np.exp(all_logprobs) * all_logprobs, axis=-1)
+    found = jax.jit(token_logprobs_and_entropy, static_argnums=1)(weights, config, batch)
+    where = batch.loss_mask & batch.action_mask
+    assert worst_difference(np.asarray(found[0])[where], expected[where]) < CLOSE
+    assert worst_difference(np.asarray(found[1])[where], entropy[where]) < CLOSE
+
+    value, gradient = value_and_grad(weights, config, batch)
+    assert float(value) == pytest.approx(np.sum(expected[where]) / where.size, abs=CLOSE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 0, "a weight gets no gradient"
+    model.zero_grad()
+    chosen = torch.log_softmax(model(input_ids=torch.tensor(ids).long(), **padded(real)).logits, dim=-1)
+    first = batch.prompt.shape[1]
+    chosen = torch.gather(chosen[:, first - 1 : -1], 2, torch.tensor(ids[:, first:]).long()[..., None])[..., 0]
+    (chosen * torch.tensor(where.reshape(len(ids), -1))).mean().backward()
+    wanted = from_state({name: p.grad.numpy() for name, p in model.named_parameters()}, config)
+    assert worst_difference(gradient, wanted) < CLOSE
+    again = value_and_grad(weights, dataclasses.replace(config, remat="layer"), batch)
+    assert worst_difference(again, (value, gradient)) < 1e-6
+
+
+def padded(real):
+    position = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    return {"attention_mask": torch.tensor(real).long(), "position_ids": torch.tensor(position)}
+
+
+def test_eight_devices_compute_the_same(case, batch):
+    _, config, weights = case
+    mesh = make_mesh(2, 2, 1 if config.kv_heads == 1 else 2)
+    placed = place(weights, shardings(specs(config), mesh)), place(batch, batch_sharding(mesh))
+    assert worst_difference(value_and_grad(placed[0], config, placed[1]), value_and_grad(weights, config, batch)) < 1e-5
+
+
+# ---------------------------------------------------------------- fused kernels
+
+
+@pytest.mark.parametrize(("name", "attention"), [("gemma2", "splash"), ("gemma3", "cudnn"), ("mistral", "splash")])
+def test_the_packed_layout_has_windows_and_caps(name, attention, batch):
+    _, config, weights = sample_model(name)
+    inputs = batch.prompt, batch.prompt_mask, *branches(batch)
+    mask = np.asarray(inputs[-1])
+
+    @jax.jit
+    def both(weights):
+        def loss(weights, run):
+            hidden = run(weights)
+            return jnp.mean((hidden * mask[..., None]) ** 3), hidden
+
+        packed = dataclasses.replace(config, attention=attention)
+        return [
+            jax.grad(functools.partial(loss, run=run), has_aux=True)(weights)
+            for run in (lambda w: packed_forward(w, packed, *inputs), lambda w: forward(w, config, *inputs)[0])
+        ]
+
+    (found, hidden), (expected, wanted) = both(weights)
+    assert worst_difference(np.asarray(hidden)[mask], np.asarray(wanted)[mask]) < 1e-4
+    assert worst_difference(found, expected) < 1e-4
+
+
+def test_cudnn_refuses_a_score_cap(batch):
+    _, config, weights = sample_model("gemma2")
+    config = dataclasses.replace(config, attention="cudnn")
+    with pytest.raises(InputError, match=r"cudnn attention has no score_cap; got 1\.5"):
+        packed_forward(weights, config, batch.prompt, batch.prompt_mask, *branches(batch))
+
+
+# ---------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configuration_and_weights_go_back_to_transformers(name, tmp_path):
+    model, config, weights = sample_model(name)
+    (tmp_path / "config.json").write_text(json.dumps(family_config(config, **{k: SIZES[k] for k in TOKENS})))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert decoder_config(read.to_dict()) == config
+    again = AutoModelForCausalLM.from_config(read, attn_implementation="eager")
+    state = to_state(weights, config)
+    assert {k: v.shape for k, v in state.items()} == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert all((state[k] == v.numpy()).all() for k, v in model.state_dict().items())
+    again.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert (again(ids).logits == model(ids).logits).all()
+    assert DecoderConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_tiny_configuration_leaves_as_an_untied_qwen(scaled):
+    config = DecoderConfig(vocab=64, model=36, scale_embed=scaled)  # 3 heads of 48: not the width
+    weights = random_decoder(config)
+    plain, moved = unscaled(config, weights)
+    values = family_config(plain)
+    assert (values["model_type"], plain.tied, moved.unembed is None) == ("qwen2", not scaled, not scaled)
+    hf = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager").eval()
+    model.load_state_dict({k: torch.tensor(v) for k, v in to_state(moved, plain).items()})
+    ids = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
+    real = np.ones_like(ids, bool)
+    found = forward(weights, config, ids[:, :1], real[:, :1], ids[:, None], real[:, None])[1][:, 0]
+    with torch.no_grad():
+        assert worst_difference(found, model(torch.tensor(ids).long()).logits.numpy()) < CLOSE
+
+
+OLD = {  # what published files say, in the spelling of transformers 4
+    "llama3": (
+        {
+            "rope_theta": 100.0,
+            "rope_scaling": {
+                "factor": 4.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                "original_max_position_embeddings": 64,
+            },
+            "torch_dtype": "bfloat16", "pretraining_tp": 1, "mlp_bias": False,
+        },
+        (),
+    ),
+    "mistral": ({"rope_theta": 500.0, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0"}, ()),
+    "qwen2": ({"rope_theta": 500.0, "use_mrope": False}, ("layer_types",)),
+    "gemma2": ({"rope_theta": 500.0, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+               ("layer_types",)),
+    "gemma3": (
+        {
+            "rope_theta": 2000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 6,
+            "rope_scaling": {"factor": 4.0, "rope_type": "linear"},
+        },
+        ("layer_types", "_sliding_window_pattern"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_both_spellings_say_the_same(name):
+    new, (more, without) = hf_config(name).to_dict(), OLD[name]
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", *without)} | more
+    assert decoder_config(old) == decoder_config(new)
+    assert decoder_config(json.loads(json.dumps(old))) == decoder_config(new)
+
+
+def test_what_the_samples_say_is_read():
+    gemma = decoder_config(hf_config("gemma3").to_dict())
+    assert gemma.local == (True,) * 5 + (False, True)
+    assert gemma.rope_scaling == RopeScaling("linear", factor=4.0)
+    assert (gemma.rope_theta, gemma.local_rope_theta, gemma.query_scalar) == (2000.0, 100.0, 20.0)
+    gemma = decoder_config(hf_config("gemma2").to_dict())
+    assert (gemma.local, gemma.score_cap, gemma.final_cap) == ((True, False) * 2, 1.5, 2.5)
+    assert decoder_config(hf_config("qwen2-late").to_dict()).local == (False, True, True)
+    mistral = decoder_config(hf_config("mistral").to_dict())
+    assert (mistral.window, mistral.local, mistral.head_dim) == (5, None, 12)
+    assert decoder_config(hf_config("llama3").to_dict()).rope_scaling == RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen3"])
+def test_gains_begin_at_one(name):
+    config = sample_model(name)[1]
+    weights = init(specs(config), jax.random.key(0))
+    assert np.unique(weights.final_norm) == (0.0 if config.gain_offset else 1.0)
+    assert jax.tree.map(np.shape, weights) == jax.tree.map(np.shape, sample_model(name)[2])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"model_type": "mixtral"}, "unknown model_type; got mixtral. Use one of llama, mistral, qwen2"),
+        ("llama", {"model_type": None}, "unknown model_type; got None"),
+        ("llama", {"architectures": ["LlamaForTokenClassification"]}, "architectures is not supported; got LlamaForTo"),
+        ("llama", {"attention_bias": True}, "attention_bias is not supported; got True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is not supported; got True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is not supported; got 'gelu'.*= 'silu' only"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout is not supported; got 0.1"),
+        ("llama", {"sliding_window": 9}, "sliding_window is not supported; got 9.*is it a mistral"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is not supported; got {'bits': 4}"),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map is not supported"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported; got 0.5"),
+        ("llama", {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}},
+         "partial_rotary_factor is not supported"),
+        ("llama", {"rope_scaling": YARN}, "rope_type is not supported; got yarn. Use one of default, linear, llama3"),
+        ("llama", {"rope_parameters": {"type": "dynamic", "factor": 2.0}}, "rope_type is not supported; got dynamic"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "linear rotation lacks a key; got no factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "unknown keys; got beta"),
+        ("llama", {"residual_multiplier": 0.2}, r"unknown settings; got residual_multiplier = 0\.2"),
+        ("llama", {"max_window_layers": 3}, "unknown settings; got max_window_layers = 3"),
+        ("llama", {"hidden_size": None}, "hidden_size is no size; got None"),
+        ("llama", {"num_attention_heads": "4"}, "num_attention_heads is no size; got '4'"),
+        ("llama", {"head_dim": 7}, "head_dim must be even; got 7"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not supported; got full_attention"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is not supported; got chunked_attention"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types without a sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "Name sliding_attention or full_attention for each of the 3"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is not supported"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is not supported; got 'gelu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported; got True"),
+        ("gemma3", {"model_type": "gemma3"}, "unknown model_type; got gemma3"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters; got rope_theta"),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+         "scaling of local layers; got linear"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(name, change, message):
+    with pytest.raises(InputError, match=message):
+        decoder_config({**hf_config(name).to_dict(), **change})
+
+
+def test_a_missing_size_is_named():
+    values = hf_config("mistral").to_dict()
+    del values["num_key_value_heads"]
+    with pytest.raises(InputError, match=r"lacks a size; got no num_key_value_heads"):
+        decoder_config(values)
+    values = hf_config("llama").to_dict()
+    del values["num_key_value_heads"]
+    assert decoder_config(values).kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": True}, r"no family has this configuration; got qk_norm"),
+        ({"scale_embed": True}, r"no family has this configuration; got scale_embed\. The nearest family, qwen2"),
+        ({"final_cap": 30.0}, r"got final_cap\. The nearest family"),
+    ],
+)
+def test_a_configuration_of_no_family_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        family_config(DecoderConfig(**{"scale_embed": False, **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "unknown activation; got relu. Use one of silu, gelu_tanh"),
+        ({"window": 0}, "window must be positive; got 0"),
+        ({"final_cap": -1.0}, "final_cap must be positive"),
+        ({"local": (True, False)}, "local layers need a window"),
+        ({"window": 4, "local": (True, False, True)}, "local must tell 2 layers apart"),
+        ({"window": 4, "local": (True, True)}, "local must tell 2 layers apart"),
+        ({"rope_scaling": {"kind": "yarn"}}, "unknown kind; got yarn"),
+        ({"rope_scaling": {"kind": "linear", "factor": 0.0}}, "impossible rope_scaling"),
+    ],
+)
+def test_impossible_configurations_are_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        DecoderConfig(**change)
