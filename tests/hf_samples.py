@@ -28,6 +28,7 @@ GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20}  # caps and windows so sma
 FAMILIES: dict[str, dict[str, Any]] = {  # name of the sample -> what its config says beside SIZES
     "llama": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": ROPE},
     "llama3": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 12, "rope_parameters": LLAMA3},
+    "llama-bias": {"model_type": "llama", "attention_bias": True, "rope_parameters": ROPE},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": ROPE},
     "qwen2-late": {
         "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1,
@@ -117,4 +118,5 @@ def until_layer(weights: Decoder, count: int) -> Decoder:
         return np.concatenate([leaf[:count], 0 * leaf[count:]])
 
     layers: Layer = weights.layers
-    return weights.replace(layers=layers.replace(o=silent(layers.o), down=silent(layers.down)))
+    bias = None if layers.o_bias is None else silent(layers.o_bias)
+    return weights.replace(layers=layers.replace(o=silent(layers.o), o_bias=bias, down=silent(layers.down)))

@@ -29,7 +29,7 @@ from jraggym.models.decoder import (
 )
 from jraggym.models.families import decoder_config, family_config
 from jraggym.models.packed import packed_forward
-from jraggym.models.tensor_names import unscaled
+from jraggym.models.tensor_names import portable
 from jraggym.objectives.forward import branches, token_logprobs, token_logprobs_and_entropy
 from jraggym.sampling import Sampling, sample
 from jraggym.sharding import batch_sharding, make_mesh, place, shardings
@@ -253,12 +253,13 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddin
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_the_tiny_configuration_leaves_as_an_untied_qwen(scaled):
+def test_the_tiny_configuration_leaves_as_an_untied_llama(scaled):
     config = DecoderConfig(vocab=64, model=36, scale_embed=scaled)  # 3 heads of 48: not the width
     weights = random_decoder(config)
-    plain, moved = unscaled(config, weights)
+    plain, moved = portable(config, weights)
     values = family_config(plain)
-    assert (values["model_type"], plain.tied, moved.unembed is None) == ("qwen2", not scaled, not scaled)
+    family = "llama" if scaled else "qwen2"
+    assert (values["model_type"], plain.tied, moved.unembed is None) == (family, not scaled, not scaled)
     hf = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager").eval()
     model.load_state_dict({k: torch.tensor(v) for k, v in to_state(moved, plain).items()})

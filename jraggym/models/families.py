@@ -50,7 +50,7 @@ GELU = dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh",)
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 
 FAMILIES = (
-    Family("llama", "Llama", PLAIN, required={**SILU, **NO_BIAS, "mlp_bias": (False,), "rope_interleaved": (False,)}),
+    Family("llama", "Llama", PLAIN, required={**SILU, "mlp_bias": (False,), "rope_interleaved": (False,)}),
     Family("mistral", "Mistral", PLAIN, window="all", required=SILU),
     Family(
         "qwen2", "Qwen2", {**PLAIN, "qkv_bias": True}, window="late", required={**SILU, "use_mrope": (False,)}
@@ -130,6 +130,8 @@ def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
     said["head_dim"] = take("head_dim", family.head_dim or said["model"] // said["query_heads"])
     said["norm_eps"] = take("rms_norm_eps", 1e-6)
     said["tied"] = take("tie_word_embeddings", family.tied)
+    if family.model_type == "llama":
+        said["qkv_bias"] = said["o_bias"] = take("attention_bias", False)
     if family.fixed.get("post_norms"):  # Gemma
         said["query_scalar"] = float(take("query_pre_attn_scalar", 256))
         for (key, name), cap in zip(CAPS.items(), family.caps, strict=True):
@@ -253,7 +255,7 @@ def family_config(config: DecoderConfig, **more: Any) -> dict[str, Any]:
 
     Args: more: keys to add or replace, such as eos_token_id, max_position_embeddings, dtype.
     Raises InputError for a configuration that no family has, naming what is in the way. Scaled embeddings outside
-      Gemma are one such thing: `unscaled` in tensor_names.py moves the factor into the table.
+      Gemma are one such thing: `portable` in tensor_names.py moves the factor into the table.
     """
     config = replace(config, dtype="float32", remat="none", attention="xla")  # of computing, not of the model
     unlike: dict[str, list[str]] = {}
@@ -281,6 +283,8 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": 131_072,
     }
+    if family.model_type == "llama":
+        values["attention_bias"] = config.o_bias
     scaling = config.rope_scaling
     if scaling.kind != "none":
         keys = ROTATION[scaling.kind].items()

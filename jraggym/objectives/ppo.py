@@ -16,14 +16,13 @@ from jraggym.objectives.policy import Experience
 def token_rewards(batch: ProcessBatch, logprob: Array, reference: Array | None, *, kl: str, weight: Array) -> Array:
     """The rewards [B, K, A] of the policy's own tokens: those of the batch, minus weight * KL to the reference.
 
-    `batch.token_reward` where the batch has it (per-step rewards in episodes), else `batch.reward` on each candidate's
-    last own token; always floats. Args: logprob, reference [B, K, A]; kl: the estimate (see `kl_estimate`).
+    `batch.reward` stands on each candidate's last own token; rewards of single steps inside an episode
+    (`batch.token_reward`) come on top. Always floats. Args: logprob, reference [B, K, A]; kl: the estimate (see `kl_estimate`).
     """
     own = batch.own
+    reward = jnp.where(last_own(own), batch.reward[:, :, None], 0.0)
     if batch.token_reward is not None:
-        reward = jnp.where(own, batch.token_reward, 0.0)
-    else:
-        reward = jnp.where(last_own(own), batch.reward[:, :, None], 0.0)
+        reward = reward + jnp.where(own, batch.token_reward, 0.0)
     if reference is None:
         return reward
     return reward - weight * kl_estimate(kl, jnp.where(own, logprob, 0.0), jnp.where(own, reference, 0.0))

@@ -3,7 +3,7 @@
 rewards    process    the judge's rewards for the K candidates of each visited state
            critic     a critic's scores for them (RAG-Gym's PPO)
            outcome    the answer's F1, for K whole episodes of each question
-           steps      the judge's rewards for every step inside whole episodes (PPO)
+           steps      the answer's F1, and the judge's rewards for every step inside whole episodes (PPO)
 """
 
 from __future__ import annotations

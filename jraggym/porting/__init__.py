@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries in and out: Hugging Face folders, PEFT adapters, the hub."""

@@ -1,0 +1,77 @@
+"""Our trees of stacked weights as safetensors, in one file or in shards with an index as transformers has them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jraggym.errors import InputError
+from jraggym.porting.pieces import Piece, pieces
+from jraggym.porting.reading import INDEX, SINGLE
+
+SHARD_BYTES = 5_000_000_000  # transformers' own limit
+
+
+@contextmanager
+def built(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder to write into, which takes the place of `folder` when all is written.
+
+    A kill at any moment leaves no half folder under that name. Raises InputError when it cannot be written.
+    """
+    folder = Path(folder)
+    building, old = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "old"))
+    try:
+        for left in (building, old):
+            shutil.rmtree(left, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(building, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}", got=error, remedy="Name another folder.") from error
+
+
+def write_weights(
+    folder: Path, weights: Any, table: Any, names: Any, *, dtype: str, single: str = SINGLE, limit: int = SHARD_BYTES
+) -> None:
+    """Writes a tree of weights in files of at most `limit` bytes (a larger tensor has a file of its own)."""
+    wanted = pieces(table, names)
+    leaves = jax.tree.leaves(weights)
+    places = [(piece, leaf, i) for piece, leaf in zip(wanted, leaves, strict=True) for i in range(len(piece.names))]
+    size = jnp.dtype(dtype).itemsize
+    shards: list[list[int]] = [[]]
+    room = limit
+    for number, (piece, _, _) in enumerate(places):
+        bytes_ = size * int(np.prod(piece.shape))
+        if shards[-1] and bytes_ > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(number)
+        room -= bytes_
+    files, total = {}, 0
+    for at, shard in enumerate(shards, 1):
+        name = single if len(shards) == 1 else f"model-{at:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {places[i][0].names[places[i][2]]: _tensor(*places[i], dtype) for i in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _tensor(piece: Piece, leaf: Any, layer: int, dtype: str) -> np.ndarray:
+    own = leaf[layer] if piece.stacked else leaf
+    return np.ascontiguousarray(jax.device_get(piece.theirs(jnp.asarray(own)).astype(dtype)))
