@@ -87,14 +87,13 @@ REQUIRED: Mapping[str, tuple] = {  # of every family
     "tie_encoder_decoder": (False,),
     "pruned_heads": (None, {}),
     "chunk_size_feed_forward": (0,),
-    "use_bfloat16": (False,),
 }
 HARMLESS = frozenset(  # of training, generation, bookkeeping and classifiers' heads; no number of the trunk reads them
     "transformers_version torch_dtype dtype use_cache initializer_range max_position_embeddings bos_token_id "
     "eos_token_id pad_token_id sep_token_id decoder_start_token_id _name_or_path name_or_path tokenizer_class "
     "output_attentions output_hidden_states return_dict torchscript is_decoder cache_implementation pretraining_tp "
     "attn_implementation _attn_implementation _attn_implementation_autoset problem_type num_labels id2label label2id "
-    "finetuning_task task_specific_params prefix is_llama_config unsloth_version unsloth_fixed "
+    "finetuning_task task_specific_params prefix is_llama_config unsloth_version unsloth_fixed use_bfloat16 "
     "temperature top_k top_p typical_p repetition_penalty length_penalty max_length min_length do_sample num_beams "
     "num_beam_groups diversity_penalty early_stopping num_return_sequences no_repeat_ngram_size bad_words_ids "
     "encoder_no_repeat_ngram_size exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
@@ -118,7 +117,8 @@ def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
     if missing := [key for key in (*SIZES, "num_key_value_heads") if key not in left]:
         raise InputError("config.json lacks a size", got=f"no {', '.join(missing)}", remedy="Is the file whole?")
     for key in (*SIZES, "num_key_value_heads", "head_dim"):
-        if not isinstance(size := left.get(key), int | None) or size == 0 or (size is None and key in SIZES):
+        size = left.get(key)
+        if not (isinstance(size, int) and size > 0) and not (size is None and key not in SIZES):
             raise InputError(f"config.json: {key} is no size", got=repr(size), remedy="Write a positive integer.")
 
     def take(key: str, default: Any = None) -> Any:
@@ -190,10 +190,8 @@ def _windows(family: Family, left: dict[str, Any], layers: int) -> dict[str, Any
     if family.window == "all" and window is not None and FULL in listed:
         remedy = f"All layers of {family.model_type} are local."
         raise InputError("config.json: layer_types is not supported", got=got, remedy=remedy)
-    local_layers = tuple(kind == SLIDING for kind in listed)
-    if not any(local_layers):
-        return {}
-    return {"window": window, "local": None if all(local_layers) else local_layers}
+    flags = tuple(kind == SLIDING for kind in listed)
+    return {"window": window, "local": None if all(flags) else flags} if any(flags) else {}
 
 
 def _rope(family: Family, left: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,9 +235,8 @@ def _rotation(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
         raise InputError("config.json: partial_rotary_factor is not supported", got=got, remedy="It must be 1.")
     keys = ROTATION[kind]
     if missing := keys.keys() - left.keys():
-        raise InputError(
-            f"config.json: {kind} rotation lacks a key", got=f"no {', '.join(sorted(missing))}", remedy="Add it."
-        )
+        got = f"no {', '.join(sorted(missing))}"
+        raise InputError(f"config.json: {kind} rotation lacks a key", got=got, remedy="Add it.")
     if unknown := left.keys() - keys.keys():
         got = ", ".join(sorted(unknown))
         raise InputError(f"config.json: {kind} rotation with unknown keys", got=got, remedy="Leave them out.")
@@ -275,7 +272,7 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "model_type": family.model_type,
         "architectures": [family.architectures[0]],
         **{key: getattr(config, name) for key, name in SIZES.items()},
-        **{key: allowed[0] for key, allowed in family.required.items() if allowed[0] is not None},
+        **{key: value for key, (value, *_) in family.required.items() if key.startswith("hidden_act")},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
@@ -301,8 +298,6 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
         local = config.local or (config.window is not None,) * config.layers
         values["layer_types"] = [SLIDING if here else FULL for here in local]
     if family.window == "late":
-        values |= {
-            "use_sliding_window": config.window is not None,
-            "max_window_layers": values["layer_types"].count(FULL),
-        }
+        values["use_sliding_window"] = config.window is not None
+        values["max_window_layers"] = values["layer_types"].count(FULL)
     return values

@@ -17,7 +17,9 @@ def token_rewards(batch: ProcessBatch, logprob: Array, reference: Array | None, 
     """The rewards [B, K, A] of the policy's own tokens: those of the batch, minus weight * KL to the reference.
 
     `batch.reward` stands on each candidate's last own token; rewards of single steps inside an episode
-    (`batch.token_reward`) come on top. Always floats. Args: logprob, reference [B, K, A]; kl: the estimate (see `kl_estimate`).
+    (`batch.token_reward`) come on top. Always floats.
+
+    Args: logprob, reference [B, K, A]; kl: the estimate (see `kl_estimate`); weight: of the KL to the reference.
     """
     own = batch.own
     reward = jnp.where(last_own(own), batch.reward[:, :, None], 0.0)

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT has them: adapter_config.json and adapter_model.safetensors (B A [out, in], ours A B [in, out])."""
+"""LoRA adapters as PEFT has them: adapter_config.json, and matrices B A [out, in] where ours are A B [in, out]."""
 
 from __future__ import annotations
 
