@@ -1,19 +1,20 @@
 """Our tokenizer as the files of a Hugging Face one, for those who serve the model with other tools.
 
-`AutoTokenizer.from_pretrained(folder)` then gives exactly our ids, and exactly our texts with `skip_special_tokens=True`.
-A whole prompt may be given as one string: each of its segments begins with a marker, and markers are cut out of a text
-before anything is merged, so the ids of the joined text are the joined ids of the segments. An action begins with a
-marker as well; only a malformed one may not, and is then encoded on its own to get our ids.
+`AutoTokenizer.from_pretrained(folder)` then gives exactly our ids, and our texts with `skip_special_tokens=True`.
+A whole prompt may be given as one string: each of its segments begins with a marker, and markers are cut out of a
+text before anything is merged, so the ids of the joined text are the joined ids of the segments. An action begins
+with a marker as well; only a malformed one may not, and is encoded on its own to get our ids.
 
-One difference is left: where sampled byte tokens make no valid UTF-8, SentencePiece keeps the valid characters of the
-run and `tokenizers` writes U+FFFD for each byte of it.
+Two differences are left. Where sampled byte tokens make no valid UTF-8, SentencePiece keeps the valid characters of
+the run, and `tokenizers` writes U+FFFD for each byte of it. And beside a config.json of the type qwen2, AutoTokenizer
+of transformers 5 takes a tokenizer of its own, whatever the files say: export the model as another type (llama).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +29,7 @@ def huggingface_files(tokenizer: SentencePieceTokenizer, folder: str | Path) -> 
 
     Raises InputError for a model that is no byte-pair encoding of the unchanged text, as `train` makes it.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    model = ModelProto.FromString(tokenizer.model)
     _refuse_other_models(model)
     Kind = model.SentencePiece
     pad, unknown = model.pieces[tokenizer.pad_id].piece, model.pieces[model.trainer_spec.unk_id].piece
@@ -50,7 +51,7 @@ def huggingface_files(tokenizer: SentencePieceTokenizer, folder: str | Path) -> 
     ).save_pretrained(folder)
 
 
-def _refuse_other_models(model: sentencepiece_model_pb2.ModelProto) -> None:
+def _refuse_other_models(model: ModelProto) -> None:
     spec, Kind = model.normalizer_spec, model.SentencePiece
     normal = [piece for piece in model.pieces if piece.type == Kind.NORMAL]
     merged = [piece.score for piece in normal if len(piece.piece) > 1]
@@ -67,17 +68,15 @@ def _refuse_other_models(model: sentencepiece_model_pb2.ModelProto) -> None:
     }
     if found := [fault for fault, holds in odd.items() if holds]:
         remedy = "Give one that SentencePieceTokenizer.train made."
-        raise InputError(
-            "this tokenizer cannot be exported", got=f"a model that {' and '.join(found)}", remedy=remedy
-        )
+        raise InputError("this tokenizer cannot be exported", got=f"a model that {' and '.join(found)}", remedy=remedy)
 
 
-def _merges(model: sentencepiece_model_pb2.ModelProto) -> list[tuple[str, str]]:
+def _merges(model: ModelProto) -> list[tuple[str, str]]:
     """All pairs of pieces that join to a piece, in the order in which they are merged.
 
     SentencePiece merges by the score of the result, however the piece was split when it was learned, and the leftmost
-    pair of equal score first; a table of merges has one rank for each pair. Two pairs with the same result overlap where
-    one's right part is the other's left part; the pair that then stands on the left has to come first.
+    pair of equal score first; a table of merges has one rank for each pair. Two pairs with the same result overlap
+    where one's right part is the other's left part; the pair that then stands on the left has to come first.
     """
     pieces = [piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL]
     known = {piece.piece for piece in pieces}
