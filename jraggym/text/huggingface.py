@@ -44,10 +44,11 @@ class HuggingFaceTokenizer:
             kind = _kind(folder)
             found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             stops = _generation_stops(folder)
+            empty = not found.encode(PROBES[0], add_special_tokens=False)  # transformers makes one of no files
         except Exception as error:  # `tokenizers` raises plain Exceptions
             remedy = "Give a folder with tokenizer.json, or with tokenizer.model and tokenizer_config.json."
             raise InputError(f"cannot read the tokenizer {name}", got=error, remedy=remedy) from error
-        if not found.encode(PROBES[0], add_special_tokens=False):  # transformers makes an empty one of no files
+        if empty:
             remedy = "Add tokenizer.json, or tokenizer.model."
             raise InputError(f"the tokenizer {name} has no vocabulary", got=f"{len(found)} tokens", remedy=remedy)
         if _pieces_only(folder):
