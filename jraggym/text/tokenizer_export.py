@@ -72,18 +72,12 @@ def _refuse_other_models(model: ModelProto) -> None:
 
 
 def _merges(model: ModelProto) -> list[tuple[str, str]]:
-    """All pairs of pieces that join to a piece, in the order in which they are merged.
+    """All pairs of pieces that join to a piece, best score first.
 
-    SentencePiece merges by the score of the result, however the piece was split when it was learned, and the leftmost
-    pair of equal score first; a table of merges has one rank for each pair. Two pairs with the same result overlap
-    where one's right part is the other's left part; the pair that then stands on the left has to come first.
+    SentencePiece goes by the score of the result alone, so a pair counts even where no text was split so in training.
     """
     pieces = [piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL]
     known = {piece.piece for piece in pieces}
-    merges = []
-    for piece in sorted(pieces, key=lambda piece: -piece.score):
-        text = piece.piece
-        pairs = [(text[:i], text[i:]) for i in range(1, len(text))]
-        found = [(left, right) for left, right in pairs if left in known and right in known]
-        merges += sorted(found, key=lambda pair: not text.startswith(pair[1]))
-    return merges
+    ranked = [piece.piece for piece in sorted(pieces, key=lambda piece: -piece.score)]
+    pairs = [(piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece))]
+    return [(left, right) for left, right in pairs if left in known and right in known]
