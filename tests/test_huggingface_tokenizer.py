@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
@@ -126,6 +127,31 @@ def test_decode_drops_padding_and_foreign_ids_but_shows_special_tokens(loaded):
     odd = [tokenizer.pad_id, *ids, tokenizer.token_id("<|im_start|>"), 10**6, -1]
     assert tokenizer.decode([odd, []]) == ["Torvan<|im_start|>", ""]
     assert tokenizer.encode([]) == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_saved_loads_as_the_same(loaded, tmp_path, name):
+    loaded[name].save(tmp_path)
+    again = HuggingFaceTokenizer.load(tmp_path)
+    assert again.chat(TALK) == loaded[name].chat(TALK)
+    assert again.encode([ACTION, QUESTION]) == loaded[name].encode([ACTION, QUESTION])
+    assert again.end_ids[0] == loaded[name].end_ids[0]
+
+
+def test_many_threads_get_the_same_ids(loaded):
+    """The shards of a rollout call the host at once."""
+    tokenizer = loaded["qwen"]
+    chat, ids = tokenizer.chat(TALK), tokenizer.encode([ACTION, QUESTION])
+
+    def work(_):
+        return tokenizer.chat(TALK) == chat and tokenizer.decode(tokenizer.encode([ACTION, QUESTION])) == [
+            ACTION,
+            QUESTION,
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(200)))
+    assert tokenizer.encode([ACTION, QUESTION]) == ids
 
 
 # ---------------------------------------------------------------- ends of turns, roles

@@ -55,6 +55,13 @@ class HuggingFaceTokenizer:
             _refuse_misread(found, folder / "tokenizer.model")
         return cls(found, stops, options)
 
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and its chat template, from which `load` and AutoTokenizer give the same ids.
+
+        The stops belong into the model's own generation_config.json: `end_ids`, as its eos_token_id.
+        """
+        self._tokenizer.save_pretrained(folder)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id; a model's own table is often padded beyond it."""
