@@ -40,6 +40,7 @@ SIBLINGS = [
     ("jraggym.text.tokenizer", "jraggym.text.rendering"),
     ("jraggym.text.huggingface", "jraggym.text.tokenizer"),
     ("jraggym.text.tokenizer_export", "jraggym.text.tokenizer"),
+    ("jraggym.text.tokenizer_export", "jraggym.text.rendering"),
     ("jraggym.text.chat", "jraggym.text.batching"),
     ("jraggym.retrieval.*", "jraggym.retrieval.corpus"),
     ("jraggym.retrieval.hybrid", "jraggym.retrieval.dense"),

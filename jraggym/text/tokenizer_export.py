@@ -14,70 +14,71 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from jraggym.errors import InputError
+from jraggym.text.rendering import MARKERS
 from jraggym.text.tokenizer import SentencePieceTokenizer
 
 SPACE = "▁"  # SentencePiece's sign for a space
+# what other models treat in other ways
+PROBES = ("  two  spaces ", "ﬁ① e\u0301 日本 😀\n", f"a{''.join(MARKERS)}b", "")
 
 
 def huggingface_files(tokenizer: SentencePieceTokenizer, folder: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json into `folder`, which is made where it is missing.
 
-    Raises InputError for a model that is no byte-pair encoding of the unchanged text, as `train` makes it.
+    Raises InputError for a model that gives other ids so: one that is no byte-pair encoding of the unchanged text with
+    our markers and a padding token, as `train` makes it.
     """
-    model = ModelProto.FromString(tokenizer.model)
-    _refuse_other_models(model)
-    Kind = model.SentencePiece
-    pad, unknown = model.pieces[tokenizer.pad_id].piece, model.pieces[model.trainer_spec.unk_id].piece
-    vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    built = Tokenizer(models.BPE(vocab, _merges(model), byte_fallback=True))
-    built.normalizer = normalizers.Replace(" ", SPACE)
-    shown = [(unknown, model.trainer_spec.unk_surface), (SPACE, " ")]
-    built.decoder = decoders.Sequence(
-        [*(decoders.Replace(*pair) for pair in shown), decoders.ByteFallback(), decoders.Fuse()]
+    model = SentencePieceProcessor(model_proto=tokenizer.model)
+    built = _build(model)
+    pieces = [piece.replace(SPACE, " ") for piece in built.get_vocab()]
+    texts = (*PROBES, *pieces, "".join(pieces))
+    faults = (
+        f"{theirs} for {ours} of {text!r}"
+        for text in texts
+        if (theirs := built.encode(text).ids) != (ours := model.encode(text))
     )
-    markers = [piece.piece for piece in model.pieces if piece.type == Kind.USER_DEFINED]
-    built.add_tokens([AddedToken(marker, normalized=False, special=False) for marker in markers])
+    fault = "no padding token" if tokenizer.pad_id < 0 else next(faults, None)
+    if fault is not None:
+        remedy = "Give one that SentencePieceTokenizer.train made."
+        raise InputError("this tokenizer cannot be exported", got=fault, remedy=remedy)
     PreTrainedTokenizerFast(
         tokenizer_object=built,
-        pad_token=pad,
+        pad_token=built.id_to_token(tokenizer.pad_id),
         padding_side="left",  # of prompts
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # a document that holds "<pad>" is no padding
     ).save_pretrained(folder)
 
 
-def _refuse_other_models(model: ModelProto) -> None:
-    spec, Kind = model.normalizer_spec, model.SentencePiece
-    normal = [piece for piece in model.pieces if piece.type == Kind.NORMAL]
-    merged = [piece.score for piece in normal if len(piece.piece) > 1]
-    known = {piece.piece for piece in normal}
-    odd = {
-        "is no byte-pair encoding": model.trainer_spec.model_type != model.trainer_spec.BPE,
-        "normalises its text": bool(spec.precompiled_charsmap) or spec.name != "identity",
-        "adds or removes spaces": spec.add_dummy_prefix or spec.remove_extra_whitespaces or not spec.escape_whitespaces,
-        "has no byte fallback": sum(piece.type == Kind.BYTE for piece in model.pieces) != 256,
-        "has unused pieces": any(piece.type == Kind.UNUSED for piece in model.pieces),
-        "has no padding": model.trainer_spec.pad_id < 0,
-        "has pieces of equal score": len(set(merged)) != len(merged),
-        "has a piece of unknown characters": not known.issuperset("".join(known)),
+def _build(model: SentencePieceProcessor) -> Tokenizer:
+    """The same pieces with the same ids, merged, shown and spelled in bytes as SentencePiece does."""
+    ids, unknown = range(model.get_piece_size()), model.unk_id()
+    vocab = {model.id_to_piece(i): i for i in ids}
+    own = {piece: i for piece, i in vocab.items() if piece not in MARKERS}
+    scores = {
+        piece: model.get_score(i)
+        for piece, i in own.items()
+        if not (model.is_byte(i) or model.is_control(i) or i == unknown)
     }
-    if found := [fault for fault, holds in odd.items() if holds]:
-        remedy = "Give one that SentencePieceTokenizer.train made."
-        raise InputError("this tokenizer cannot be exported", got=f"a model that {' and '.join(found)}", remedy=remedy)
+    built = Tokenizer(models.BPE(vocab, _merges(scores), byte_fallback=True))
+    built.normalizer = normalizers.Replace(" ", SPACE)
+    shown = [(model.id_to_piece(unknown), model.decode([unknown])), (SPACE, " ")]
+    replaced = (decoders.Replace(*pair) for pair in shown)
+    built.decoder = decoders.Sequence([*replaced, decoders.ByteFallback(), decoders.Fuse()])
+    built.add_tokens([AddedToken(marker, normalized=False, special=False) for marker in MARKERS if marker in vocab])
+    return built
 
 
-def _merges(model: ModelProto) -> list[tuple[str, str]]:
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """All pairs of pieces that join to a piece, best score first.
 
     SentencePiece goes by the score of the result alone, so a pair counts even where no text was split so in training.
     """
-    pieces = [piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL]
-    known = {piece.piece for piece in pieces}
-    ranked = [piece.piece for piece in sorted(pieces, key=lambda piece: -piece.score)]
+    ranked = sorted(scores, key=lambda piece: -scores[piece])
     pairs = [(piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece))]
-    return [(left, right) for left, right in pairs if left in known and right in known]
+    return [(left, right) for left, right in pairs if left in scores and right in scores]
