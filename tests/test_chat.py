@@ -138,9 +138,10 @@ def test_rows_of_a_finished_episode(codec):
         codec.episode(final)
 
 
-def test_a_transcript_ends_with_the_first_action(codec):
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cut off behind the tag"])
+def test_a_transcript_ends_with_the_first_action(codec, ended):
     def drawn(text, reward):
-        ids = codec.encode([text])[0]
+        ids = codec.encode([text])[0][: None if ended else -1]
         return Candidate(text, reward, tokens=tuple(ids), logprobs=tuple(-0.1 for _ in ids))
 
     search, answer = drawn("<search> Bexlis</search>", 0.75), drawn("<answer> Marnos</answer>", 1.0)

@@ -105,6 +105,17 @@ def test_a_sentencepiece_model_alone_gives_sentencepieces_ids(folders, loaded, n
     assert loaded[name].encode(found) == [processor.encode(text) for text in found]
 
 
+@pytest.mark.parametrize("kind", [None, "NoSuchTokenizer", "LlamaTokenizerFast"])
+def test_a_sentencepiece_model_of_no_known_class_is_read_like_llamas(folders, tmp_path, kind):
+    settings = json.loads((folders["mistral"] / "tokenizer_config.json").read_text())
+    changed = {key: value for key, value in {**settings, "tokenizer_class": kind}.items() if value is not None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed))
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((folders["mistral"] / name).read_bytes())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert HuggingFaceTokenizer.load(tmp_path).encode([ACTION]) == [processor.encode(ACTION)]
+
+
 def test_options_reach_the_template(folders):
     quiet = HuggingFaceTokenizer.load(folders["qwen"], enable_thinking=False)
     assert quiet.decode([quiet.chat(TALK)])[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
