@@ -175,7 +175,7 @@ class Episodes:
     def _act(self, step, rows, tokens, mask, logprob, score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         b, k, a = tokens.shape
         ids = [row[m].tolist() for row, m in zip(tokens.reshape(-1, a), mask.reshape(-1, a), strict=True)]
-        texts = self._codec.tokenizer.decode(ids)
+        texts = self._codec.decode(ids)
         pending = _Pending([], [], [], [])
         slots = k if self.rules.judge else 1
         queries = [""] * (b * slots)

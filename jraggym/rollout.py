@@ -28,7 +28,6 @@ from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
 from jraggym.sampling import Samples, Sampling, sample
 from jraggym.sharding import batch_sharding, batch_shards, place
-from jraggym.text.actions import STOPS
 from jraggym.text.batching import Codec
 from jraggym.types import Example, Trajectory
 
@@ -68,7 +67,7 @@ class Rollout:
             raise InputError("the batch cannot be split over the mesh", got=got, remedy="Choose a multiple.")
         self._config, self._codec, self._retriever = config, codec, retriever
         self._sampling, self._rules, self._batch, self._mesh = sampling, rules, batch, mesh
-        self._stops = jnp.array([codec.tokenizer.token_id(stop) for stop in STOPS])
+        self._stops = jnp.array(codec.stops)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._encoder = retriever.params if whole is None else place(retriever.params, whole)
         self._episodes: Episodes | None = None

@@ -19,7 +19,9 @@ MAX_FILE, MAX_FUNCTION = 300, 80
 ROWS = {
     "jraggym": 4,  # the package's own face: hands out `make` when asked
     **dict.fromkeys((f"jraggym.{name}" for name in ("types", "errors", "batch", "config", "metrics", "sharding")), 0),
-    **dict.fromkeys(("jraggym.text.batching", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2),
+    **dict.fromkeys(
+        ("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2
+    ),
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
     **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
@@ -36,6 +38,10 @@ ROWS = {
 SIBLINGS = [
     ("jraggym.text.*", "jraggym.text.actions"),
     ("jraggym.text.tokenizer", "jraggym.text.rendering"),
+    ("jraggym.text.huggingface", "jraggym.text.tokenizer"),
+    ("jraggym.text.tokenizer_export", "jraggym.text.tokenizer"),
+    ("jraggym.text.tokenizer_export", "jraggym.text.rendering"),
+    ("jraggym.text.chat", "jraggym.text.batching"),
     ("jraggym.retrieval.*", "jraggym.retrieval.corpus"),
     ("jraggym.retrieval.hybrid", "jraggym.retrieval.dense"),
     ("jraggym.data.synthhop*", "jraggym.data.synthhop.*"),

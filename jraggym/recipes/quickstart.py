@@ -250,7 +250,7 @@ def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
 def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
     """The record's distinct candidates, good and frequent ones first, or None unless good and worse are among them."""
     # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
-    ids = shop.tokenizer.encode([c.text for c in record.candidates])
+    ids = shop.codec.encode([c.text for c in record.candidates])
     fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
     labels = {c.text: c.reward for c in fitting if c.reward is not None}
     often = [text for text, _ in Counter(c.text for c in fitting).most_common() if text in labels]

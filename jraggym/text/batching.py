@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from jraggym.batch import ProcessBatch
 from jraggym.errors import InputError
-from jraggym.text.actions import format_action
+from jraggym.text.actions import STOPS, format_action
 from jraggym.text.rendering import FINISH, render, render_turn
 from jraggym.text.tokenizer import Tokenizer
 from jraggym.types import Answer, Candidate, Search, State, Trajectory
@@ -45,24 +46,40 @@ class Codec:
     max_turns: int
     max_prompt: int
 
+    appends: ClassVar[bool] = True  # a later prompt begins with the earlier one and the action behind it
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an action: generation stops behind them."""
+        return tuple(self.tokenizer.token_id(stop) for stop in STOPS)
+
+    def encode(self, actions: Sequence[str]) -> list[list[int]]:
+        """Ids of each action, the one that ends it included."""
+        return self.tokenizer.encode(actions)
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each sampled action."""
+        return self.tokenizer.decode(ids)
+
+    def prompt_ids(self, segments: Sequence[str]) -> list[int]:
+        """Ids of a prompt, however long."""
+        return [i for segment in self.tokenizer.encode(segments) for i in segment]
+
     def prompt(self, state: State) -> list[int]:
         """The ids of the rendered state, at most `max_prompt` long.
 
         A longer one loses whole segments after the question, oldest first; the question and what came
         last stay.
         """
-        segments = self.tokenizer.encode(render(state, self.max_turns))
-        total = sum(map(len, segments))
-        first = 1
-        while total > self.max_prompt and first < len(segments) - 1:
-            total -= len(segments[first])
-            first += 1
-        ids = [i for segment in (segments[0], *segments[first:]) for i in segment]
+        question, *later = render(state, self.max_turns)
+        ids = self.prompt_ids([question, *later])
+        while len(ids) > self.max_prompt and len(later) > 1:
+            ids = self.prompt_ids([question, *(later := later[1:])])
         return ids[-self.max_prompt :]
 
     def row(self, state: State, actions: Sequence[str], rewards: Sequence[float | None]) -> Row:
         """A state with K candidate actions; repeated texts and unlabelled candidates do not count."""
-        ids = self.tokenizer.encode(actions)
+        ids = self.encode(actions)
         distinct = [
             r is not None and a not in actions[:i] for i, (a, r) in enumerate(zip(actions, rewards, strict=True))
         ]
@@ -81,10 +98,11 @@ class Codec:
         """K episodes of one question as K candidates: what the policy sampled counts, what came back does not.
 
         Every token stands behind exactly those that the policy saw when it drew it. Where a later prompt would show
-        something else (a malformed action or one spelt unusually is rendered anew, and a long prompt loses its oldest
-        segments), the transcript ends with that action. A step that was judged has its reward minus `baseline`.
+        something else (a malformed action or one spelt unusually is rendered anew, a long prompt loses its oldest
+        segments, and every turn of a chat model is a new chat), the transcript ends with that action. A step that was
+        judged has its reward minus `baseline`.
         """
-        prompt = [i for s in self.tokenizer.encode(render(group[0].steps[0].state, self.max_turns)) for i in s]
+        prompt = self.prompt(group[0].steps[0].state)
         parts = [self._transcript(trajectory, len(prompt), baseline) for trajectory in group]
         ids, counts, logprobs, step_rewards = (list(column) for column in zip(*parts, strict=True))
         return Row(prompt, ids, counts, list(rewards), [True] * len(group), logprobs, step_rewards)
@@ -101,7 +119,7 @@ class Codec:
             counts += [True] * len(drawn.tokens)
             logprobs += drawn.logprobs
             rewards += [0.0] * (len(drawn.tokens) - 1) + [0.0 if drawn.reward is None else drawn.reward - baseline]
-            if following is None:
+            if following is None or not self.appends:
                 break
             old, new = (render(state, self.max_turns) for state in (step.state, following.state))
             action, *observed = self.tokenizer.encode(new[len(old) :])
@@ -119,7 +137,7 @@ class Codec:
 
         Same tokens as inference saw, since rendering only appends. The reward is 1.
         """
-        prompt = self.tokenizer.encode(render(State(final.question), self.max_turns))
+        prompt = self.prompt_ids(render(State(final.question), self.max_turns))
         ids: list[int] = []
         counts: list[bool] = []
         for number, turn in enumerate(final.turns, 2):
@@ -132,7 +150,7 @@ class Codec:
             answer = self.tokenizer.encode([format_action(Answer(final.answer, final.thought))])[0]
             ids += answer
             counts += [True] * len(answer)
-        return Row([i for segment in prompt for i in segment], [ids], [counts], [1.0], [True])
+        return Row(prompt, [ids], [counts], [1.0], [True])
 
 
 def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, pad: int = 0) -> ProcessBatch:

@@ -34,7 +34,7 @@ from jraggym.retrieval.encoder import TfidfEncoder
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.rollout import Policy, Rollout, Rules
 from jraggym.sampling import Sampling, sample
-from jraggym.text.actions import STOPS, format_action, parse_action
+from jraggym.text.actions import format_action, parse_action
 from jraggym.text.batching import Codec
 from jraggym.text.rendering import neutralise
 from jraggym.text.tokenizer import SentencePieceTokenizer
@@ -78,10 +78,6 @@ class Case:
     codec: Codec
     retriever: HybridRetriever
     examples: tuple[Example, ...]
-
-    @property
-    def stops(self) -> list[int]:
-        return [self.codec.tokenizer.token_id(stop) for stop in STOPS]
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ def time_generation(case: Case, sampling: Sampling, states: list[State]) -> floa
     @jax.jit
     def generate(weights: Decoder, prompt: Any, mask: Any, keys: Any) -> Any:
         prefix = prefix_forward(weights, case.model, prompt, mask)
-        return sample(weights, case.model, sampling, prefix, prompt[:, -1], jnp.array(case.stops), keys).tokens
+        return sample(weights, case.model, sampling, prefix, prompt[:, -1], jnp.array(case.codec.stops), keys).tokens
 
     b, p = len(case.examples), case.config.prompt
     batches = []
@@ -223,7 +219,7 @@ def make_generate(case: Case, model: Any, sampling: Sampling) -> Callable[[State
     """K texts of a state by Hugging Face `generate`."""
     greedy = sampling.temperature == 0
     options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    stops = set(case.stops)
+    stops = set(case.codec.stops)
 
     @torch.inference_mode()
     def generate(state: State) -> list[str]:
@@ -233,7 +229,7 @@ def make_generate(case: Case, model: Any, sampling: Sampling) -> Callable[[State
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=sampling.max_tokens,
             num_return_sequences=sampling.candidates,
-            eos_token_id=case.stops,
+            eos_token_id=list(case.codec.stops),
             pad_token_id=case.codec.tokenizer.pad_id,
             **options,
         )

@@ -1,0 +1,198 @@
+"""Tokenizers of Hugging Face models: their ids, their chat template, and the ids at which their turns end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import sentencepiece
+import transformers
+from jinja2 import TemplateError
+
+from jraggym.errors import InputError
+from jraggym.text.tokenizer import np_rows
+
+# what a tokenizer's repository may hold of it; neither weights nor code
+FILES = ("*token*.json", "*config.json", "chat_template*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+PROBES = ("The birthplace of an author", "two  spaces ", "Łódź 日本")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of `transformers`; special tokens are never added to a text, and shown where a model wrote them."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[int] = (), options: Mapping[str, Any] | None = None):
+        """`stops`: ids at which generation ends, else the tokenizer's own; `options`: what the chat template takes
+        beside the messages (`enable_thinking` of Qwen3, `date_string` of Llama 3)."""
+        self._tokenizer, self._options = tokenizer, dict(options or {})
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._stops = tuple(stops) or tuple(own)
+        self._vocab: dict[str, int] = tokenizer.get_vocab()
+
+    @classmethod
+    def load(cls, name: str | Path, revision: str | None = None, **options: Any) -> HuggingFaceTokenizer:
+        """Reads a local folder, or a hub name at a revision; no code of a repository is ever run.
+
+        Raises InputError when files are missing or damaged, or when SentencePiece reads them otherwise.
+        """
+        folder = _folder(name, revision)
+        try:
+            kind = _kind(folder)
+            found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            stops = _generation_stops(folder)
+            empty = not found.encode(PROBES[0], add_special_tokens=False)  # transformers makes one of no files
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            remedy = "Give a folder with tokenizer.json, or with tokenizer.model and tokenizer_config.json."
+            raise InputError(f"cannot read the tokenizer {name}", got=error, remedy=remedy) from error
+        if empty:
+            remedy = "Add tokenizer.json, or tokenizer.model."
+            raise InputError(f"the tokenizer {name} has no vocabulary", got=f"{len(found)} tokens", remedy=remedy)
+        if _pieces_only(folder):
+            _refuse_misread(found, folder / "tokenizer.model")
+        return cls(found, stops, options)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and its chat template, from which `load` and AutoTokenizer give the same ids.
+
+        The stops belong into the model's own generation_config.json: `end_ids`, as its eos_token_id.
+        """
+        self._tokenizer.save_pretrained(folder)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model's own table is often padded beyond it."""
+        return max(self._vocab.values()) + 1
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, else the first stop, else 0: padding is masked, so any id of the vocabulary will do."""
+        pad = self._tokenizer.pad_token_id
+        return next((i for i in (pad, *self._stops) if i is not None), 0)
+
+    def token_id(self, piece: str) -> int:
+        """The id of a token; KeyError when there is none."""
+        return self._vocab[piece]
+
+    def encode(self, segments: Sequence[str]) -> list[list[int]]:
+        """Ids of each segment, without special tokens around it."""
+        return self._tokenizer(list(segments), add_special_tokens=False)["input_ids"] if segments else []
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each id sequence; padding and ids outside the vocabulary are dropped."""
+        size, pad = self.vocab_size, self._tokenizer.pad_token_id
+        kept = [[int(i) for i in row if 0 <= i < size and i != pad] for row in np_rows(ids)]
+        return [self._tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in kept]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], generation: bool = True) -> list[int]:
+        """The ids that `apply_chat_template` gives; with `generation` they end where the assistant begins to write.
+
+        Raises InputError when there is no chat template, or when it refuses the messages.
+        """
+        if self._tokenizer.chat_template is None:
+            remedy = "Use an instruction-tuned model, or add chat_template.jinja to its folder."
+            raise InputError("the tokenizer has no chat template", got=self._tokenizer.name_or_path, remedy=remedy)
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False, **self._options
+            )
+        except TemplateError as error:
+            got = f"{error} for the roles {', '.join(m['role'] for m in messages)}"
+            raise InputError("the chat template refuses the messages", got=got, remedy="Use other roles.") from error
+
+    @cached_property
+    def has_system(self) -> bool:
+        """Whether the chat template shows a system message; some families refuse one, and some leave it out."""
+        user = {"role": "user", "content": "?"}
+        try:
+            return self.chat([{"role": "system", "content": "!"}, user]) != self.chat(
+                [{"role": "system", "content": "."}, user]
+            )
+        except InputError:
+            self.chat([user])  # a template that refuses this as well is at fault, not the role
+            return False
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant's turn: first what the chat template writes there, then the model's stops.
+
+        Raises InputError when there is none.
+        """
+        said = [
+            self.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], generation=False)
+            for text in ("yes", "no")
+        ]
+        after = 0  # ids behind the assistant's text: those that do not depend on it
+        while after < min(map(len, said)) and len({ids[-1 - after] for ids in said}) == 1:
+            after += 1
+        special = {self._vocab[token] for token in self._special}
+        closing = [i for i in said[0][len(said[0]) - after :] if i in special]
+        ids = tuple(dict.fromkeys((*closing[:1], *self._stops)))
+        if not ids:
+            remedy = "Add eos_token_id to generation_config.json."
+            raise InputError("no token ends a turn", got=self._tokenizer.name_or_path, remedy=remedy)
+        return ids
+
+    def defuse(self, text: str) -> str:
+        """Breaks up special tokens in text from outside with a space: it can neither end a turn nor begin one."""
+        return self._special_pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
+
+    @cached_property
+    def _special(self) -> list[str]:
+        added = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        return list(dict.fromkeys((*self._tokenizer.all_special_tokens, *added)))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted((token for token in self._special if len(token) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _folder(name: str | Path, revision: str | None) -> Path:
+    """The local folder of a tokenizer; of a hub name it is fetched (huggingface_hub takes the token from HF_TOKEN)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if revision is None:
+        remedy = "Name a folder, or a hub name with its revision."
+        raise InputError("there is no such tokenizer", got=f"{name} without a revision", remedy=remedy)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # of the network, of the hub, of the disk
+        remedy = "Check the name, the revision, the network and HF_TOKEN."
+        raise InputError(f"cannot fetch {name} at {revision}", got=error, remedy=remedy) from error
+
+
+def _pieces_only(folder: Path) -> bool:
+    """Whether SentencePiece's own file is all there is."""
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+
+
+def _kind(folder: Path) -> Any:
+    """The class to load with. AutoTokenizer goes by the model's type, and for some (mistral) it takes one that reads
+    tokenizer.model without the space that SentencePiece puts in front."""
+    if not _pieces_only(folder):
+        return transformers.AutoTokenizer
+    named = _json(folder / "tokenizer_config.json").get("tokenizer_class", "").removesuffix("Fast")
+    return getattr(transformers, named if named.endswith("Tokenizer") else "", transformers.LlamaTokenizer)
+
+
+def _generation_stops(folder: Path) -> list[int]:
+    """Ids of generation_config.json, which names one, several or none."""
+    found = _json(folder / "generation_config.json").get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _refuse_misread(found: Any, path: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for probe in PROBES:
+        ours, theirs = found.encode(probe, add_special_tokens=False), processor.encode(probe)
+        if ours != theirs:
+            remedy = "Name the right tokenizer_class in tokenizer_config.json, or add tokenizer.json."
+            raise InputError(f"transformers misreads {path}", got=f"{ours} for {theirs} of {probe!r}", remedy=remedy)
