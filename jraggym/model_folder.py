@@ -1,4 +1,7 @@
-"""A trained model on disk: model.json (kind, sizes, where it comes from), tokenizer.model, weights/ (orbax).
+"""A trained model on disk: model.json (kind, sizes, where it comes from), its tokenizer, weights/ (orbax).
+
+The tokenizer is tokenizer.model (SentencePiece) or the folder tokenizer/ (Hugging Face); adapters/, where they were
+trained, is a folder for PEFT.
 
 Written in a hidden folder and renamed at the end, so that a folder with a model.json is whole.
 """
@@ -7,19 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, is_spec, specs
+from jraggym.porting.peft import PeftAdapters, write_adapters
+from jraggym.porting.writing import built
+from jraggym.sharding import shardings
+from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 
 KINDS = ("actor", "critic")
@@ -31,34 +37,30 @@ class Model:
 
     kind: str
     config: DecoderConfig
-    tokenizer: SentencePieceTokenizer
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
     weights: Any
     about: dict[str, Any]  # JSON values: how it was made
+    adapters: PeftAdapters | None = None  # what was trained, where that was adapters; they are in the weights, too
 
 
 def save_model(folder: str | Path, model: Model) -> None:
     """Writes a model; one that is already there is replaced. Raises InputError when the folder cannot be written."""
-    folder = Path(folder)
-    building, old = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "old"))
-    try:
-        for left in (building, old):
-            shutil.rmtree(left, ignore_errors=True)
-        building.mkdir(parents=True)
-        likelihood = model.kind == "critic" and model.weights.likelihood is not None
-        head = {"kind": model.kind, "likelihood": likelihood, "config": dataclasses.asdict(model.config)}
+    likelihood = model.kind == "critic" and model.weights.likelihood is not None
+    head = {"kind": model.kind, "likelihood": likelihood, "config": dataclasses.asdict(model.config)}
+    with built(folder) as building:
         (building / "model.json").write_text(json.dumps({**head, "about": model.about}, indent=1))
-        (building / "tokenizer.model").write_bytes(model.tokenizer.model)
+        if isinstance(model.tokenizer, SentencePieceTokenizer):
+            (building / "tokenizer.model").write_bytes(model.tokenizer.model)
+        else:
+            model.tokenizer.save(building / "tokenizer")
+        if model.adapters is not None:
+            base = str(model.about.get("base", ""))
+            write_adapters(building / "adapters", model.adapters, model.config, base=base)
         Checkpointer(building / "weights").save(0, jax.tree.map(jnp.asarray, model.weights), {})
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(building, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write the model {folder}", got=error, remedy="Name another folder.") from error
 
 
-def load_model(folder: str | Path, kind: str) -> Model:
-    """Reads a model; raises InputError when it is not there, of another kind, or damaged."""
+def load_model(folder: str | Path, kind: str, mesh: Mesh | None = None) -> Model:
+    """Reads a model, onto `mesh` if given; raises InputError when it is not there, of another kind, or damaged."""
     path = Path(folder) / "model.json"
     try:
         found = json.loads(path.read_text())
@@ -70,5 +72,14 @@ def load_model(folder: str | Path, kind: str) -> Model:
         raise InputError(f"{folder} holds no {kind}", got=found.get("kind"), remedy=f"Name a folder with a {kind}.")
     table = specs(config) if kind == "actor" else critic_specs(config, likelihood=likelihood)
     target = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), table, is_leaf=is_spec)
+    if mesh is not None:
+        places = shardings(table, mesh)
+        target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
     weights, _ = Checkpointer(Path(folder) / "weights").restore(target)
-    return Model(kind, config, SentencePieceTokenizer.load(Path(folder) / "tokenizer.model"), weights, about)
+    return Model(kind, config, _tokenizer(Path(folder)), weights, about)
+
+
+def _tokenizer(folder: Path) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    if (folder / "tokenizer").is_dir():
+        return HuggingFaceTokenizer.load(folder / "tokenizer")
+    return SentencePieceTokenizer.load(folder / "tokenizer.model")

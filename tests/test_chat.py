@@ -126,7 +126,7 @@ def test_every_stop_is_taken_off_and_other_special_tokens_are_shown(codecs):
 
 def test_rows_of_a_finished_episode(codec):
     final = dataclasses.replace(STATE, answer="Marnos", thought="so")
-    rows = codec.turns(final)
+    rows = codec.imitations(final)
     first, last = State(STATE.question), STATE
     assert [row.prompt for row in rows] == [codec.prompt(first), codec.prompt(last)]
     assert [codec.decode(row.actions) for row in rows] == [

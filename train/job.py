@@ -16,13 +16,15 @@ import numpy as np
 import tyro
 
 from jraggym.errors import InputError, exit_on_input_error
-from jraggym.model_folder import load_model, save_model
+from jraggym.model_folder import Model, save_model
 from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.porting.pretrained import open_model
 from jraggym.recipes.quickstart import Workshop, train_tokenizer
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
 from jraggym.retrieval.encoder import TfidfEncoder, embed
 from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from train.results import Console
 
@@ -70,7 +72,7 @@ def prepare(
     data_dir: Path | None,
     out: Path,
     progress: Progress,
-    tokenizer: SentencePieceTokenizer | None = None,
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer | None = None,
     development: bool = False,
 ) -> Workshop:
     """The world, its indexes and the tokenizer (trained on the world's text when none is given).
@@ -95,6 +97,8 @@ def prepare(
     if tokenizer is None:
         tokenizer = train_tokenizer(task, settings)
         write(out / "tokenizer.model", tokenizer.model)
+        model = dataclasses.replace(settings.model, vocab=tokenizer.vocab_size)
+        settings = dataclasses.replace(settings, model=model)
     return Workshop(settings, task, train, test, held, tokenizer, out, progress)
 
 
@@ -170,7 +174,7 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
     """Runs one experiment, and writes `out`/model and `out`/results.json."""
     console, out, kind = Console(), experiment.out, type(experiment).__name__
     claim(out, {"kind": kind, **_plain(experiment)})
-    start = None if experiment.model is None else load_model(experiment.model, "actor")
+    start = None if experiment.model is None else open_model(experiment.model, "actor", experiment.devices.mesh())
     settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
     if start is not None:
         settings = dataclasses.replace(settings, model=start.config)
@@ -188,13 +192,22 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
         model, results = work(experiment, shop, start, log.write)
     log.close()
     if model is not None:
-        save_model(out / "model", model)
+        save_model(out / "model", dataclasses.replace(model, about={**_provenance(experiment, start), **model.about}))
     results = {"experiment": _shown(kind, experiment), "seed": experiment.seed, "stages": console.stages, **results}
     write(out / "results.json", json.dumps(results, indent=1))
     shown = {key: value for key, value in results.items() if key not in ("stages", "curve", "each")}
     print(json.dumps(shown, indent=1))
     print(f"{out}/results.json" + (f" and {out}/model" if model is not None else ""))
     return results
+
+
+def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
+    """What a model's card says of its making, and what an imported model's own configuration said of its use."""
+    found = {"made by": type(experiment).__name__, "dataset": experiment.dataset, "seed": experiment.seed}
+    if start is not None:
+        found["base"] = start.about.get("source", str(experiment.model))
+        found |= {key: start.about[key] for key in ("config",) if key in start.about}
+    return found
 
 
 def _shown(kind: str, experiment: Any) -> str:

@@ -244,19 +244,16 @@ def _rotation(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     return theta, RopeScaling("none" if kind == "default" else kind, **said)
 
 
-# ---------------------------------------------------------------- and back
-
-
-def family_config(config: DecoderConfig, **more: Any) -> dict[str, Any]:
+def family_config(config: DecoderConfig, prefer: str | None = None, **more: Any) -> dict[str, Any]:
     """The config.json of the first family that describes this configuration; `decoder_config` reads it back.
 
-    Args: more: keys to add or replace, such as eos_token_id, max_position_embeddings, dtype.
+    Args: prefer: the model_type to try first; more: keys to add, such as eos_token_id, max_position_embeddings, dtype.
     Raises InputError for a configuration that no family has, naming what is in the way. Scaled embeddings outside
       Gemma are one such thing: `portable` in tensor_names.py moves the factor into the table.
     """
     config = replace(config, dtype="float32", remat="none", attention="xla")  # of computing, not of the model
     unlike: dict[str, list[str]] = {}
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda family: family.model_type != prefer):
         values = _written(family, config)
         read = decoder_config(values)
         unlike[family.model_type] = [f.name for f in fields(read) if getattr(read, f.name) != getattr(config, f.name)]
@@ -280,8 +277,7 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "max_position_embeddings": 131_072,
     }
-    if family.model_type == "llama":
-        values["attention_bias"] = config.o_bias
+    values |= {"attention_bias": config.o_bias} if family.model_type == "llama" else {}
     scaling = config.rope_scaling
     if scaling.kind != "none":
         keys = ROTATION[scaling.kind].items()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
+from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig
 from jraggym.models.lora import Adapters, Lora, lora_specs
 from jraggym.models.tensor_names import TensorName, tensor_names
@@ -56,7 +57,11 @@ def read_adapters(folder: str | Path, config: DecoderConfig, *, mesh: Mesh | Non
     settings = _settings(folder / CONFIG)
     checkpoint = Checkpoint.open(folder, WEIGHTS)
     own = vars(tensor_names(config).layers)
-    leaves = tuple(leaf for leaf, disk in own.items() if disk and _pair(disk, 0)["a"].name in checkpoint.shapes)
+    leaves = tuple(
+        leaf
+        for leaf, disk in own.items()
+        if disk and disk.transposed and _pair(disk)["a"].name.format(layer=0) in checkpoint.shapes
+    )
     if not leaves:
         got = ", ".join(list(checkpoint.shapes)[:4])
         raise InputError(
@@ -69,8 +74,6 @@ def read_adapters(folder: str | Path, config: DecoderConfig, *, mesh: Mesh | Non
     table: dict[str, Any] = {"layers": lora_specs(config, lora)}
     names: dict[str, Any] = {"layers": _names(config, lora)}
     if (score := "base_model.model.score.weight") in checkpoint.shapes:
-        from jraggym.models.critic import critic_specs
-
         table["head"], names["head"] = critic_specs(config).head, TensorName(score, row=True)
     found = read_weights(checkpoint, table, names, mesh=mesh)
     return PeftAdapters(lora, found["layers"], found.get("head"))
@@ -99,8 +102,6 @@ def write_adapters(
     table: dict[str, Any] = {"layers": lora_specs(config, found.lora)}
     names: dict[str, Any] = {"layers": _names(config, found.lora)}
     if found.head is not None:
-        from jraggym.models.critic import critic_specs
-
         weights["head"], table["head"] = found.head, critic_specs(config).head
         names["head"] = TensorName("base_model.model.score.weight", row=True)
     with built(folder) as building:
@@ -110,10 +111,10 @@ def write_adapters(
 
 def _names(config: DecoderConfig, lora: Lora) -> dict[str, dict[str, TensorName]]:
     own = vars(tensor_names(config).layers)
-    return {leaf: _pair(own[leaf], lora.rank) for leaf in lora.leaves}
+    return {leaf: _pair(own[leaf]) for leaf in lora.leaves}
 
 
-def _pair(disk: TensorName, rank: int) -> dict[str, TensorName]:
+def _pair(disk: TensorName) -> dict[str, TensorName]:
     stem = "base_model.model." + disk.name.removesuffix(".weight")
     return {letter: TensorName(f"{stem}.lora_{letter.upper()}.weight", transposed=True) for letter in "ab"}
 

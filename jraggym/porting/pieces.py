@@ -49,5 +49,5 @@ class Piece(NamedTuple):
 
 def pieces(table: Any, names: Any) -> list[Piece]:
     """The leaves of a tree of `Spec` beside those of a like tree of `TensorName`, in the order of `jax.tree.leaves`."""
-    leaves, tree = jax.tree.flatten(table, is_leaf=is_spec)
-    return [Piece(spec, disk) for spec, disk in zip(leaves, tree.flatten_up_to(names), strict=True)]
+    both = jax.tree.map(Piece, table, names, is_leaf=is_spec)
+    return jax.tree.leaves(both, is_leaf=lambda leaf: isinstance(leaf, Piece))

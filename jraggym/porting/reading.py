@@ -75,13 +75,8 @@ def read_weights(
     """
     wanted = pieces(table, names)
     _compare(checkpoint, wanted, set(unused))
-    return jax.tree.unflatten(
-        jax.tree.structure(names, is_leaf=_is_name), [_read(checkpoint, piece, mesh, dtype) for piece in wanted]
-    )
-
-
-def _is_name(leaf: Any) -> bool:
-    return hasattr(leaf, "name") and hasattr(leaf, "transposed")
+    found = [_read(checkpoint, piece, mesh, dtype) for piece in wanted]
+    return jax.tree.unflatten(jax.tree.structure(names), found)
 
 
 def _files(folder: Path, single: str) -> list[Path]:
@@ -155,7 +150,8 @@ def _put(checkpoint: Checkpoint, name: str, where: Any) -> Array:
         tensor = file.get_slice(name)
         kept: dict[tuple, np.ndarray] = {}
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             key = tuple((part.start, part.stop) for part in index)
             if key not in kept:
                 kept[key] = tensor[index]

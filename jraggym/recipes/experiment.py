@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
@@ -16,6 +15,7 @@ from jraggym.metrics import bootstrap_interval
 from jraggym.model_folder import Model
 from jraggym.models.decoder import Decoder, init, specs
 from jraggym.models.lora import Lora, lora_specs, merge
+from jraggym.porting.peft import PeftAdapters
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import Agent, Evaluator
 from jraggym.recipes.settings import Settings
@@ -88,6 +88,10 @@ class Placed:
         """Plain decoder weights from trained ones."""
         return weights if self.net.lora is None else merge(self.frozen, weights, self.net.lora)
 
+    def adapters(self, weights: Any, head: Any = None) -> PeftAdapters | None:
+        """The trained weights where they are adapters, with a critic's head."""
+        return None if self.net.lora is None else PeftAdapters(self.net.lora, weights, head)
+
 
 def placed_decoder(experiment: Experiment, shop: Workshop, start: Decoder) -> Placed:
     """The start on its devices, with fresh adapters under LoRA."""
@@ -122,6 +126,8 @@ class Exam:
         return {**found, "f1": float(row.f1.mean()), "searches": row.costs["searches"], "questions": len(row.em)}
 
 
-def as_model(shop: Workshop, kind: str, weights: Any, about: Mapping[str, Any]) -> Model:
-    """The trained weights with what is needed to use them; brought to one device."""
-    return Model(kind, shop.config, shop.tokenizer, jax.device_get(weights), dict(about))
+def as_model(
+    shop: Workshop, kind: str, weights: Any, about: Mapping[str, Any], adapters: PeftAdapters | None = None
+) -> Model:
+    """The trained weights with what is needed to use them."""
+    return Model(kind, shop.config, shop.tokenizer, weights, dict(about), adapters)

@@ -113,9 +113,10 @@ def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[
 
 def _actor(experiment: Experiment, shop: Workshop, ready: Placed, run: Run, log: Log) -> tuple[Model, dict[str, Any]]:
     run = dataclasses.replace(run, frozen=ready.frozen, seed=experiment.seed, mesh=ready.mesh)
-    weights = ready.whole(_fit(experiment, shop, run, ready.weights, log))
+    trained = _fit(experiment, shop, run, ready.weights, log)
+    weights = ready.whole(trained)
     result = Exam(experiment, shop).score(weights)
-    return as_model(shop, "actor", weights, result), result
+    return as_model(shop, "actor", weights, result, ready.adapters(trained)), result
 
 
 def _fit(experiment: Experiment, shop: Workshop, run: Run, weights: Any, log: Log) -> Any:
@@ -162,7 +163,7 @@ def train_critic_model(
     critic = _fit(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
     result = judge_agreement(shop, ready, whole, held)
-    return as_model(shop, "critic", whole, result), result
+    return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result
 
 
 def judge_agreement(shop: Workshop, ready: Placed, critic: Any, records: Sequence[ProcessRecord]) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from jraggym.episodes import Rules
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
 from jraggym.gathering import Gatherer
-from jraggym.model_folder import Model, load_model
+from jraggym.model_folder import Model
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import init
 from jraggym.models.lora import lora_specs
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
+from jraggym.porting.pretrained import open_model
 from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
 from jraggym.recipes.quickstart import Workshop
 from jraggym.rollout import Policy, Rollout
@@ -117,7 +118,8 @@ def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log
     every = experiment.every
     state = train_on_policy(job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate)
     result = {"curve": curve.points()}
-    return as_model(shop, "actor", ready.whole(state.policy.weights), result["curve"][-1]), result
+    trained = state.policy.weights
+    return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result
 
 
 def _check(experiment: Grpo | Ppo) -> None:
@@ -134,7 +136,7 @@ def _check(experiment: Grpo | Ppo) -> None:
 def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
     if folder is None:
         return None
-    critic = load_model(folder, "critic").weights
+    critic = open_model(folder, "critic").weights
     table = critic_specs(shop.config, likelihood=critic.likelihood is not None)
     return critic if ready.mesh is None else place(critic, shardings(table, ready.mesh))
 

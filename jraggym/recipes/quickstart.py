@@ -40,6 +40,8 @@ from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
 from jraggym.text.actions import format_action
 from jraggym.text.batching import EMPTY_ROW, Batches, Codec, Row, buckets, collate
+from jraggym.text.chat import ChatCodec
+from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import BatchSource, Run, fit
@@ -57,17 +59,20 @@ class Workshop:
     train_retriever: HybridRetriever
     test_retriever: HybridRetriever
     development_retriever: HybridRetriever | None
-    tokenizer: SentencePieceTokenizer
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
     out: Path
     progress: Progress
 
     @property
     def config(self) -> DecoderConfig:
-        return dataclasses.replace(self.settings.model, vocab=self.tokenizer.vocab_size)
+        return self.settings.model
 
     @property
     def codec(self) -> Codec:
-        return Codec(self.tokenizer, self.settings.max_turns, self.settings.max_prompt)
+        limits = self.settings.max_turns, self.settings.max_prompt
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return ChatCodec(self.tokenizer, *limits)
+        return Codec(self.tokenizer, *limits)
 
     def key(self, name: str) -> jax.Array:
         """The random key of a stage; stages do not share randomness."""
@@ -125,7 +130,7 @@ def optimise_preferences(shop: Workshop, name: str, warm: Decoder, data: BatchSo
 
 
 def demonstrations(shop: Workshop) -> list[Row]:
-    """Scripted, imperfect episodes over the training world, each a row."""
+    """Scripted, imperfect episodes over the training world: a row for each, in a chat one for each of its actions."""
     settings, split = shop.settings, shop.task.train
     examples = split.examples[: settings.demonstrations]
     rngs = [random.Random(f"{settings.seed}/{example.id}") for example in examples]
@@ -137,7 +142,8 @@ def demonstrations(shop: Workshop) -> list[Row]:
 
     episodes = run_script(examples, script, shop.train_retriever, budgets)
     codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
-    rows = [codecs[budget].episode(episode.final) for budget, episode in zip(budgets, episodes, strict=True)]
+    pairs = zip(budgets, episodes, strict=True)
+    rows = [row for budget, episode in pairs for row in codecs[budget].imitations(episode.final)]
     return _fitting(rows, settings.edges[-1])
 
 

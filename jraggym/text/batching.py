@@ -132,6 +132,10 @@ class Codec:
             rewards += [0.0] * len(back)
         return ids, counts, logprobs, rewards
 
+    def imitations(self, final: State) -> list[Row]:
+        """The rows to imitate an episode from: here one, with all of it."""
+        return [self.episode(final)]
+
     def episode(self, final: State) -> Row:
         """A whole finished episode as one candidate: the policy's actions count, what came back does not.
 

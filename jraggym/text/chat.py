@@ -61,10 +61,10 @@ class ChatCodec(Codec):
         return self.tokenizer.chat([{"role": "user", "content": f"{self.instruction}\n\n{text}"}])
 
     def episode(self, final: State) -> Row:
-        """Raises InputError: the turns of an episode are conversations of their own, see `turns`."""
+        """Raises InputError: the turns of an episode are conversations of their own, see `imitations`."""
         raise InputError("a chat has no whole episodes", got=final.question, remedy="Train on its turns one by one.")
 
-    def turns(self, final: State) -> list[Row]:
+    def imitations(self, final: State) -> list[Row]:
         """A finished episode as one row for each well-formed action, with that action and reward 1."""
         actions: list[tuple[int, Action]] = [(number, turn.action) for number, turn in enumerate(final.turns)]
         if final.answer is not None:

@@ -117,24 +117,28 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an assistant's turn: first what the chat template writes there, then the model's stops.
+        """Ids that end an assistant's turn: first what a chat template writes there, then the model's stops.
 
         Raises InputError when there is none.
         """
-        said = [
-            self.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], generation=False)
-            for text in ("yes", "no")
-        ]
-        after = 0  # ids behind the assistant's text: those that do not depend on it
-        while after < min(map(len, said)) and len({ids[-1 - after] for ids in said}) == 1:
-            after += 1
-        special = {self._vocab[token] for token in self._special}
-        closing = [i for i in said[0][len(said[0]) - after :] if i in special]
+        closing = [] if self._tokenizer.chat_template is None else self._closing()
         ids = tuple(dict.fromkeys((*closing[:1], *self._stops)))
         if not ids:
             remedy = "Add eos_token_id to generation_config.json."
             raise InputError("no token ends a turn", got=self._tokenizer.name_or_path, remedy=remedy)
         return ids
+
+    def _closing(self) -> list[int]:
+        """The special ids that the chat template writes behind an assistant's text."""
+        said = [
+            self.chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], generation=False)
+            for text in ("yes", "no")
+        ]
+        after = 0  # ids at the end that do not depend on the text
+        while after < min(map(len, said)) and len({ids[-1 - after] for ids in said}) == 1:
+            after += 1
+        special = {self._vocab[token] for token in self._special}
+        return [i for i in said[0][len(said[0]) - after :] if i in special]
 
     def defuse(self, text: str) -> str:
         """Breaks up special tokens in text from outside with a space: it can neither end a turn nor begin one."""

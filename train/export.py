@@ -1,0 +1,88 @@
+"""A trained model as a folder for PyTorch tools: python -m train.export --model runs/dpo/model --out served
+
+actor      AutoModelForCausalLM.from_pretrained("served")
+critic     AutoModelForSequenceClassification.from_pretrained("served"): the score of a prompt and an action
+adapters   PeftModel.from_pretrained(base, "served"), of a model that was trained with --lora.rank
+
+With them go the tokenizer, a generation config that stops where an action ends, and a model card. `--model` may also be
+a Hugging Face folder or owner/repository@revision, to convert its types or to merge `--merge ADAPTERS` of PEFT into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jraggym.errors import InputError, exit_on_input_error
+from jraggym.model_folder import Model
+from jraggym.models.lora import merge
+from jraggym.porting.peft import read_adapters
+from jraggym.porting.pretrained import copy_adapters, export_model, open_model
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to export, and where to."""
+
+    model: Path
+    """Folder of a train.* job's model, a Hugging Face folder, or owner/repository@revision."""
+    out: Path
+    """The new folder; one that is there already is refused unless --replace."""
+    kind: Literal["actor", "critic", "adapters"] | None = None
+    """What the model is; unless told, model.json or config.json says it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights on disk."""
+    base: str = ""
+    """For adapters: the name of the exported starting model that they belong to."""
+    merge: Path | None = None
+    """Folder of PEFT adapters to merge into an actor."""
+    shard: float = 5.0
+    """Gigabytes of one file of weights at most."""
+    replace: bool = False
+    """Take the place of a folder that is there already."""
+
+
+def run(arguments: Arguments) -> None:
+    """Exports one model; raises InputError when it cannot be read, has no counterpart, or the folder is taken."""
+    if arguments.out.exists() and not arguments.replace:
+        raise InputError(f"{arguments.out} exists", got="no --replace", remedy="Name another folder, or add --replace.")
+    kind = arguments.kind or _kind(arguments.model)
+    if kind == "adapters":
+        copy_adapters(arguments.model, arguments.out, base=arguments.base)
+    else:
+        model = open_model(arguments.model, kind)
+        if arguments.merge is not None:
+            model = _merged(model, arguments.merge)
+        export_model(model, arguments.out, dtype=arguments.dtype, limit=int(arguments.shard * 1e9))
+    print(f"{kind}: {arguments.out}")
+
+
+def _kind(folder: Path) -> str:
+    path = folder / "model.json"
+    if path.is_file():
+        return str(json.loads(path.read_text())["kind"])
+    path = folder / "config.json"
+    names = json.loads(path.read_text()).get("architectures") if path.is_file() else None
+    return "critic" if (names or [""])[0].endswith("ForSequenceClassification") else "actor"
+
+
+def _merged(model: Model, folder: Path) -> Model:
+    if model.kind != "actor":
+        raise InputError("adapters are merged into actors", got=model.kind, remedy="Leave out --merge.")
+    found = read_adapters(folder, model.config)
+    weights = merge(model.weights, found.adapters, found.lora)
+    return dataclasses.replace(model, weights=weights, about={**model.about, "merged": str(folder)})
+
+
+def main() -> None:
+    with exit_on_input_error():
+        run(tyro.cli(Arguments))
+
+
+if __name__ == "__main__":
+    main()
