@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bert_sample import SENTENCES, WORDS, edit, write_bert
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig as TorchConfig
+from tokenizers import Tokenizer
 from transformers import BertModel
 
 from jraggym.errors import InputError
@@ -23,44 +22,13 @@ from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.encoder import embed
 
 HOTPOT = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hotpotqa" / "pooled_corpus.jsonl"
-SENTENCES = [
-    "The Tarvan rises in the hills of Morn.",
-    "Who wrote three novels and was born in Port Selby?",
-    "A.",
-    "Port Selby lies on the sea and has a harbour, a museum, a fish market and, since 1904, a tram. " * 3,
-    "Zażółć gęślą jaźń; 東京 is not Kyōto.",
-    "",
-]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "of", "and", "in", "sea", "port", "who", "was", "born"]
-WORDS += ["hill", "##s", "mor", "##n", "tar", "##van", "novel", "."]
-
-
-def write_tokenizer(path):
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_truncation(5)  # as published files do: the sentence settings overrule it
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(str(path))
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder in the published layout with small random weights."""
     folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = TorchConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=24,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(folder)
-    write_tokenizer(folder / "tokenizer.json")
+    write_bert(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     kinds = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
     (folder / "modules.json").write_text(json.dumps(kinds))
@@ -75,10 +43,6 @@ def published(tmp_path_factory):
 def folder(published, tmp_path):
     """A copy of it to break."""
     return Path(shutil.copytree(published, tmp_path / "model"))
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def assert_parity(folder, texts):
@@ -206,7 +170,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     save_file(tensors | {name: tensors[name][:20]}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"tokenizer.json has more tokens than the model; got 22"):
+    with pytest.raises(InputError, match=rf"tokenizer.json has more tokens than the model; got {len(WORDS)}"):
         BertEncoder.load(folder)
 
 

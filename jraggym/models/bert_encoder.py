@@ -188,7 +188,10 @@ def _tokenizer(path: Path, config: BertConfig, limit: int) -> Tokenizer:
 def _write(folder: Path, tower: BertTower) -> None:
     pad = {"pad_token_id": tower.tokenizer.token_to_id(SPECIAL["pad_token"])}
     config = {"architectures": ["BertModel"], **SUPPORTED, **dataclasses.asdict(tower.config), **pad}
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tower.max_tokens, **SPECIAL}
+    # Named, since the class by itself gives no segments, which pairs need.
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+    tokenizer = {**kind, "model_max_length": tower.max_tokens, **SPECIAL}
     for name, value in {"config.json": config, "tokenizer_config.json": tokenizer}.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     (folder / "tokenizer.json").write_text(tower.tokenizer.to_str(), encoding="utf-8")
@@ -199,7 +202,8 @@ def _write(folder: Path, tower: BertTower) -> None:
 
 def _card(tower: BertTower) -> str:
     of = "queries and documents" if tower.family.towers == 1 else "queries" if tower.side == "query" else "documents"
-    rows = "\n".join(f"| {name} | {value!r} |" for name, value in dataclasses.asdict(tower.family).items())
+    settings = dataclasses.asdict(tower.family) | {"document_tokens": tower.max_tokens}
+    rows = "\n".join(f"| {name} | {value!r} |" for name, value in settings.items())
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n---\n\n"
         f"# A sentence encoder of {of}\n\nBERT with {tower.config.num_hidden_layers} layers of width {tower.dim}, "
