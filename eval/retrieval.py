@@ -39,7 +39,7 @@ class Config:
     data_dir: Path  # folder with the pooled files
     dataset: Literal["hotpotqa"] = "hotpotqa"
     encoder: str = "minilm"  # minilm, tfidf, or the folder of a BERT sentence encoder
-    batch: int = 64  # texts per encoder call
+    batch: int | None = None  # texts per encoder call; None suits the device
 
 
 def recall(found: Sequence[tuple[Document, ...]], examples: Sequence[Example], depth: int) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def agreement(corpus: np.ndarray, queries: np.ndarray, k: int) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, exact, strict=True)]))
 
 
-def evaluate(questions: QuestionSet, encoder: Encoder, batch: int) -> str:
+def evaluate(questions: QuestionSet, encoder: Encoder, batch: int | None = None) -> str:
     """Gives the table and the agreement line, as text."""
     examples = [example for example in questions.examples if example.support]
     queries, texts = [example.question for example in examples], questions.corpus.texts()

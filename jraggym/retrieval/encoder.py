@@ -24,6 +24,7 @@ from jraggym.sharding import batch_sharding, batch_shards
 from jraggym.types import Document
 
 BUCKETS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # token counts padded to
+BATCH, CPU_BATCH = 256, 8  # texts
 _CHUNK = 8_192  # texts tokenized at a time: bounds the memory of a large corpus
 
 
@@ -76,11 +77,11 @@ def unit(vectors: Array) -> Array:
 def embed(
     tower: Tower,
     texts: Sequence[str | Document],
-    batch: int = 64,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Embeds texts, f32 [len(texts), D]; `embed_chunks` says how. `progress` is told the number of texts done."""
+    """Embeds texts, f32 [len(texts), D]; `embed_chunks` says how."""
     vectors = np.zeros((len(texts), tower.dim), np.float32)
     for start, rows in embed_chunks(tower, texts, batch, progress, mesh):
         vectors[start : start + len(rows)] = rows
@@ -90,7 +91,7 @@ def embed(
 def embed_chunks(
     tower: Tower,
     texts: Sequence[str | Document],
-    batch: int = 64,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
     *,
@@ -101,8 +102,12 @@ def embed_chunks(
 
     The texts of a chunk are sorted by length, so that short ones are not padded to the longest. On a `mesh` the rows of
     a batch are split over its devices, which all belong to this process.
+
+    Args:
+      batch: texts at a time; by default few on a CPU, whose caches hold the activations of no more, and many elsewhere.
+      progress: is told the number of texts done so far.
     """
-    params, spread = tower.params, None
+    params, spread, batch = tower.params, None, batch or (CPU_BATCH if jax.default_backend() == "cpu" else BATCH)
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         spread, batch = batch_sharding(mesh), -(-batch // batch_shards(mesh)) * batch_shards(mesh)

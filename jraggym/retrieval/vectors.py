@@ -33,7 +33,7 @@ def stored_vectors(
     folder: str | Path,
     tower: Tower,
     texts: Sequence[str | Document],
-    batch: int = 64,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
     *,
