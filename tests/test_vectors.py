@@ -188,3 +188,21 @@ def test_vectors_of_any_length_are_ranked(similarity, count):
 def test_an_unknown_similarity_is_named():
     with pytest.raises(InputError, match="unknown similarity; got 'manhattan'"):
         DenseIndex(np.eye(2, dtype=np.float32), "manhattan")
+
+
+def test_each_width_is_compiled_once_however_often_texts_are_embedded():
+    traced = []
+
+    class Watched:
+        params, dim, max_tokens, tokenize = TOWER.params, TOWER.dim, TOWER.max_tokens, staticmethod(TOWER.tokenize)
+
+        @staticmethod
+        def apply(params, ids, mask):
+            traced.append(ids.shape)
+            return TOWER.apply(params, ids, mask)
+
+    tower = Watched()
+    for _ in range(3):
+        embed(tower, TEXTS, batch=4)
+    assert traced
+    assert len(traced) == len(set(traced))

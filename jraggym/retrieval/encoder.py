@@ -111,7 +111,7 @@ def embed_chunks(
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         spread, batch = batch_sharding(mesh), -(-batch // batch_shards(mesh)) * batch_shards(mesh)
-    apply = jax.jit(tower.apply)
+    apply = _compiled(tower)
     done = first
     for start in range(first, len(texts), chunk):
         ids, mask = tower.tokenize(texts[start : start + chunk])
@@ -127,6 +127,14 @@ def embed_chunks(
             if progress is not None:
                 progress(done)
         yield start, vectors
+
+
+def _compiled(tower: Tower) -> Callable[[Any, Array, Array], Array]:
+    """The jitted `apply` of a tower, kept with it: a jit of one's own in each call would compile anew in each."""
+    kept = vars(tower)
+    if "_compiled" not in kept:
+        kept["_compiled"] = jax.jit(tower.apply)
+    return kept["_compiled"]
 
 
 def _bucket(length: int, most: int) -> int:
