@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jraggym.data.hotpotqa import QuestionSet, read_pooled
 from jraggym.errors import exit_on_input_error
-from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.dense import TREE_FROM, DenseIndex
 from jraggym.retrieval.encoder import Encoder, TfidfEncoder, embed
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -39,7 +39,7 @@ class Config:
     data_dir: Path  # folder with the pooled files
     dataset: Literal["hotpotqa"] = "hotpotqa"
     encoder: str = "minilm"  # minilm, tfidf, or the folder of a BERT sentence encoder
-    batch: int = 64  # texts per encoder call
+    batch: int | None = None  # texts per encoder call; None suits the device
 
 
 def recall(found: Sequence[tuple[Document, ...]], examples: Sequence[Example], depth: int) -> tuple[float, float]:
@@ -59,13 +59,15 @@ def agreement(corpus: np.ndarray, queries: np.ndarray, k: int) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, exact, strict=True)]))
 
 
-def evaluate(questions: QuestionSet, encoder: Encoder, batch: int) -> str:
+def evaluate(questions: QuestionSet, encoder: Encoder, batch: int | None = None) -> str:
     """Gives the table and the agreement line, as text."""
     examples = [example for example in questions.examples if example.support]
     queries, texts = [example.question for example in examples], questions.corpus.texts()
     with tqdm(total=len(texts), desc="embedding", unit="text", file=sys.stderr) as bar:
-        vectors = embed(encoder, texts, batch, progress=lambda done: bar.update(done - bar.n))
-    query_vectors = embed(encoder, queries, batch)
+        vectors = embed(
+            encoder.document, questions.corpus.documents, batch, progress=lambda done: bar.update(done - bar.n)
+        )
+    query_vectors = embed(encoder.query, queries, batch)
     top = max(DEPTHS)
     retrievers = {
         "bm25": HybridRetriever(questions.corpus, k=top),

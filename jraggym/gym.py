@@ -165,7 +165,7 @@ def make(
 
 
 def _encoder(name: str | Path, texts: Sequence[str]) -> Encoder:
-    from jraggym.models.bert import BertEncoder, minilm_path
+    from jraggym.models.bert_encoder import BertEncoder, minilm_path
     from jraggym.retrieval.encoder import TfidfEncoder
 
     if name == "tfidf":

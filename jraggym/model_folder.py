@@ -23,10 +23,10 @@ from jraggym.errors import InputError
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, is_spec, specs
 from jraggym.porting.peft import PeftAdapters, write_adapters
-from jraggym.porting.writing import built
 from jraggym.sharding import shardings
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.whole import whole_folder
 
 KINDS = ("actor", "critic")
 
@@ -47,7 +47,7 @@ def save_model(folder: str | Path, model: Model) -> None:
     """Writes a model; one that is already there is replaced. Raises InputError when the folder cannot be written."""
     likelihood = model.kind == "critic" and model.weights.likelihood is not None
     head = {"kind": model.kind, "likelihood": likelihood, "config": dataclasses.asdict(model.config)}
-    with built(folder) as building:
+    with whole_folder(folder) as building:
         (building / "model.json").write_text(json.dumps({**head, "about": model.about}, indent=1))
         if isinstance(model.tokenizer, SentencePieceTokenizer):
             (building / "tokenizer.model").write_bytes(model.tokenizer.model)

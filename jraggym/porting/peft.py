@@ -15,7 +15,8 @@ from jraggym.models.decoder import DecoderConfig
 from jraggym.models.lora import Adapters, Lora, lora_specs
 from jraggym.models.tensor_names import TensorName, tensor_names
 from jraggym.porting.reading import Checkpoint, read_weights
-from jraggym.porting.writing import built, write_weights
+from jraggym.porting.writing import write_weights
+from jraggym.whole import whole_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASKS = {"actor": "CAUSAL_LM", "critic": "SEQ_CLS"}
@@ -104,7 +105,7 @@ def write_adapters(
     if found.head is not None:
         weights["head"], table["head"] = found.head, critic_specs(config).head
         names["head"] = TensorName("base_model.model.score.weight", row=True)
-    with built(folder) as building:
+    with whole_folder(folder) as building:
         write_weights(building, weights, table, names, dtype=dtype, single=WEIGHTS)
         (building / CONFIG).write_text(json.dumps(settings, indent=1))
 

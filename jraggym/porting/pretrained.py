@@ -24,11 +24,12 @@ from jraggym.porting.card import write_card
 from jraggym.porting.hub import local_files
 from jraggym.porting.peft import CONFIG, TASKS
 from jraggym.porting.reading import Checkpoint, read_weights
-from jraggym.porting.writing import SHARD_BYTES, built, write_weights
+from jraggym.porting.writing import SHARD_BYTES, write_weights
 from jraggym.text.actions import STOPS
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.text.tokenizer_export import huggingface_files
+from jraggym.whole import whole_folder
 
 PIECES = "sentencepiece.model"  # our tokenizer as it was trained, beside its Hugging Face files
 KEPT = (
@@ -121,7 +122,7 @@ def export_model(model: Model, folder: str | Path, *, dtype: str = "float32", li
         config = dataclasses.replace(config, tied=True)
         weights = Critic(dataclasses.replace(trunk, unembed=None), model.weights.head)
         table, names = critic_specs(config), Critic(tensor_names(config), _HEAD)
-    with built(folder) as building:
+    with whole_folder(folder) as building:
         write_weights(building, weights, table, names, dtype=dtype, limit=limit)
         _write_configs(building, model, config, dtype)
         if isinstance(model.tokenizer, SentencePieceTokenizer):
@@ -163,7 +164,7 @@ def copy_adapters(model: str | Path, folder: str | Path, *, base: str = "") -> N
         raise InputError(f"{model} was not trained by adapters", got=f"no {settings}", remedy=remedy)
     found = json.loads(settings.read_text())
     about = json.loads((Path(model) / "model.json").read_text())["about"]
-    with built(folder) as building:
+    with whole_folder(folder) as building:
         shutil.copytree(source, building, dirs_exist_ok=True)
         if base:
             found["base_model_name_or_path"] = base

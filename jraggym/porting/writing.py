@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jraggym.errors import InputError
 from jraggym.porting.pieces import Piece, pieces
 from jraggym.porting.reading import INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit
-
-
-@contextmanager
-def built(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder to write into, which takes the place of `folder` when all is written.
-
-    A kill at any moment leaves no half folder under that name. Raises InputError when it cannot be written.
-    """
-    folder = Path(folder)
-    building, old = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "old"))
-    try:
-        for left in (building, old):
-            shutil.rmtree(left, ignore_errors=True)
-        building.mkdir(parents=True)
-        yield building
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(building, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}", got=error, remedy="Name another folder.") from error
 
 
 def write_weights(

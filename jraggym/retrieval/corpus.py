@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,11 @@ _WORD = re.compile(r"\w+")
 def words(text: str) -> list[str]:
     """Splits a text into lower-cased `\\w+` words, the tokens of BM25 and of TF-IDF."""
     return _WORD.findall(text.lower())
+
+
+def written(text: str | Document) -> str:
+    """A document as one text: title and text; a text as it is."""
+    return f"{text.title}. {text.text}" if isinstance(text, Document) else text
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,6 @@ class Corpus:
             raise InputError(f"{whole}: the corpus is empty", got="0 documents", remedy="Give at least one document.")
         return cls(tuple(documents), positions)
 
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hex digits that tell this corpus from others: names what was computed from it."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(json.dumps([document.id, document.title, document.text]).encode())
-        return digest.hexdigest()[:16]
-
     def __len__(self) -> int:
         return len(self.documents)
 
@@ -92,7 +88,7 @@ class Corpus:
 
     def texts(self) -> list[str]:
         """Gives what is indexed for each document: title and text."""
-        return [f"{document.title}. {document.text}" for document in self.documents]
+        return [written(document) for document in self.documents]
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Nearest neighbours by inner product over ScaNN (Guo et al., ICML 2020), without TensorFlow."""
+"""Nearest neighbours over ScaNN (Guo et al., ICML 2020), without TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,37 +12,44 @@ from jraggym.errors import InputError
 TREE_FROM = 10_000  # documents; below, an exact search is as fast as a tree
 LEAVES_SEARCHED = 0.5  # fraction; top 32 of 11,863 MiniLM paragraphs: .2 agrees about .93, .3 .96, .5 .99
 REORDER, LEAST_REORDER = 4, 128  # candidates that are scored exactly: a multiple of k, and at least so many
+_MEASURE = {"cosine": "dot_product", "dot": "dot_product", "euclidean": "squared_l2"}
+_CHECKED = 1 << 16  # rows that are checked at a time
 _DEFAULT_K = 32  # ScaNN wants one at build time; every search gives its own
 
 
 class DenseIndex:
-    """Ranks n vectors by their inner product with a query: exact below `TREE_FROM`, else tree and hashing."""
+    """Ranks n vectors by their similarity to a query: exact below `TREE_FROM`, else tree and hashing."""
 
-    def __init__(self, vectors: np.ndarray):
-        """Indexes f32 [n, D], of unit length where cosine is meant.
+    def __init__(self, vectors: np.ndarray, similarity: str = "dot"):
+        """Indexes f32 [n, D]; a memory-mapped array is read as it lies on disk, and only the index is in memory.
+
+        Args:
+          similarity: "dot", the same as "cosine" for vectors of unit length, or "euclidean".
 
         Raises:
-          InputError: when the array is not [n, D] with n > 0, or holds a value that is not finite.
+          InputError: when the array is not [n, D] with n > 0, holds a value that is not finite, or the similarity is
+            unknown.
         """
-        self._vectors = np.ascontiguousarray(vectors, np.float32)
-        if self._vectors.ndim != 2 or not self._vectors.size:
-            raise InputError(
-                "an index needs vectors [n, D]", got=self._vectors.shape, remedy="Give at least one vector."
-            )
-        if not np.isfinite(self._vectors).all():
+        if similarity not in _MEASURE:
+            raise InputError("unknown similarity", got=repr(similarity), remedy=f"Known: {', '.join(_MEASURE)}.")
+        vectors = np.ascontiguousarray(vectors, np.float32)  # no copy of what is f32 and in order
+        if vectors.ndim != 2 or not vectors.size:
+            raise InputError("an index needs vectors [n, D]", got=vectors.shape, remedy="Give at least one vector.")
+        if not all(np.isfinite(vectors[i : i + _CHECKED]).all() for i in range(0, len(vectors), _CHECKED)):
             raise InputError("the vectors to index are not all finite", got="nan or inf", remedy="Check the encoder.")
-        self._searcher = _build(self._vectors)
+        self._shape, self._sign = vectors.shape, 1 if similarity == "euclidean" else -1
+        self._searcher = _build(vectors, _MEASURE[similarity])
 
     def search(self, vectors: np.ndarray, k: int) -> np.ndarray:
         """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first; calls no jax.
 
-        Equal products go by position. -1 fills up when k > n; a zero vector has no direction and finds nothing.
+        Equal similarities go by position. -1 fills up when k > n; a zero vector stands for no tokens and finds nothing.
 
         Raises:
           InputError: when the queries are not [Q, D] with the D of the index.
         """
         queries = np.ascontiguousarray(vectors, np.float32)
-        n, dim = self._vectors.shape
+        n, dim = self._shape
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise InputError(f"queries must be [Q, {dim}]", got=queries.shape, remedy="Use the encoder of the index.")
         found = np.full((len(queries), k), -1, np.int32)
@@ -50,16 +57,16 @@ class DenseIndex:
         if len(rows):
             depth = min(k, n)
             candidates = min(max(REORDER * depth, LEAST_REORDER), n)
-            positions, products = self._searcher.search_batched(
+            positions, scores = self._searcher.search_batched(
                 queries[rows], final_num_neighbors=depth, pre_reorder_num_neighbors=candidates
             )
-            found[rows, :depth] = _ordered(positions, products)
+            found[rows, :depth] = _ordered(positions, self._sign * scores)
         return found
 
 
-def _build(vectors: np.ndarray) -> scann_ops_pybind.ScannSearcher:
+def _build(vectors: np.ndarray, measure: str) -> scann_ops_pybind.ScannSearcher:
     n = len(vectors)
-    builder = scann_ops_pybind.builder(vectors, min(_DEFAULT_K, n), "dot_product")
+    builder = scann_ops_pybind.builder(vectors, min(_DEFAULT_K, n), measure)
     if n < TREE_FROM:
         return builder.score_brute_force().build()
     leaves = math.isqrt(n)
@@ -70,9 +77,9 @@ def _build(vectors: np.ndarray) -> scann_ops_pybind.ScannSearcher:
     return builder.set_n_training_threads(1).build()
 
 
-def _ordered(positions: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """Sorts each row by product, then by position; ScaNN marks a place that it could not fill by nan."""
-    empty = ~np.isfinite(products)
+def _ordered(positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """Sorts each row by distance, then by position; ScaNN marks a place that it could not fill by nan."""
+    empty = ~np.isfinite(distances)
     positions = np.where(empty, -1, positions.astype(np.int64))
-    products = np.where(empty, -np.inf, products)
-    return np.take_along_axis(positions, np.lexsort((positions, -products), axis=-1), axis=-1)
+    distances = np.where(empty, np.inf, distances)
+    return np.take_along_axis(positions, np.lexsort((positions, distances), axis=-1), axis=-1)

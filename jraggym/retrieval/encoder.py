@@ -1,12 +1,12 @@
-"""Text encoders: texts to token ids on the host, token ids to unit vectors in jax.
+"""Text encoders: texts to token ids on the host, token ids to vectors in jax.
 
 The two halves are apart because a rollout runs the first inside a host callback, where jax must not be
-called, and the second on the device between two callbacks. Letters: Q queries, T tokens, D vector width.
+called, and the second on the device between two callbacks. Letters: Q texts, T tokens, D vector width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,18 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from jraggym.errors import InputError
-from jraggym.retrieval.corpus import words
+from jraggym.retrieval.corpus import words, written
+from jraggym.sharding import batch_sharding, batch_shards
+from jraggym.types import Document
 
-BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # token counts that `embed` pads to
-_SLAB = 8_192  # texts tokenized at a time: bounds the memory of a large corpus
+BUCKETS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # token counts padded to
+BATCH, CPU_BATCH = 256, 8  # texts
+_CHUNK = 8_192  # texts tokenized at a time: bounds the memory of a large corpus
 
 
-class Encoder(Protocol):
-    """What a dense retriever asks of an encoder."""
+class Tower(Protocol):
+    """One side of an encoder: what turns its queries, or its documents, into vectors."""
 
     @property
     def params(self) -> Any:
@@ -36,18 +40,32 @@ class Encoder(Protocol):
         """D, the width of a vector."""
 
     @property
-    def query_tokens(self) -> int:
-        """T of a tokenized query."""
+    def max_tokens(self) -> int:
+        """T: the most tokens of a text that count."""
 
     @property
-    def max_tokens(self) -> int:
-        """The most tokens of a document that count."""
+    def settings(self) -> str:
+        """All that its vectors depend on beside the text and `params`, as a text."""
 
-    def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Gives ids int32 [Q, T] and mask bool [Q, T], T = max_tokens or query_tokens; calls no jax."""
+    def tokenize(self, texts: Sequence[str | Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Gives ids int32 [Q, T] and a mask [Q, T], bool or the number of a segment; calls no jax."""
 
     def apply(self, params: Any, ids: Array, mask: Array) -> Array:
-        """Gives unit vectors f32 [Q, D]; the zero vector for a row without tokens. Pure jax."""
+        """Gives vectors f32 [Q, D] for any T; the zero vector for a row without tokens. Pure jax."""
+
+
+class Encoder(Protocol):
+    """What a dense retriever asks of an encoder; both towers may share weights."""
+
+    @property
+    def query(self) -> Tower: ...
+
+    @property
+    def document(self) -> Tower: ...
+
+    @property
+    def similarity(self) -> str:
+        """How its vectors compare: "cosine" (they are of unit length), "dot" or "euclidean"."""
 
 
 def unit(vectors: Array) -> Array:
@@ -57,28 +75,66 @@ def unit(vectors: Array) -> Array:
 
 
 def embed(
-    encoder: Encoder, texts: Sequence[str], batch: int = 64, progress: Callable[[int], None] | None = None
+    tower: Tower,
+    texts: Sequence[str | Document],
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Embeds texts as documents, f32 [len(texts), D], in jitted batches of a few fixed shapes.
+    """Embeds texts, f32 [len(texts), D]; `embed_chunks` says how."""
+    vectors = np.zeros((len(texts), tower.dim), np.float32)
+    for start, rows in embed_chunks(tower, texts, batch, progress, mesh):
+        vectors[start : start + len(rows)] = rows
+    return vectors
 
-    Texts are sorted by length, so that short ones are not padded to the longest. `progress` is told the
-    number of texts done so far.
+
+def embed_chunks(
+    tower: Tower,
+    texts: Sequence[str | Document],
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
+    *,
+    first: int = 0,
+    chunk: int = _CHUNK,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (position, f32 [chunk, D]) for the texts from `first` on, in jitted batches of a few fixed shapes.
+
+    The texts of a chunk are sorted by length, so that short ones are not padded to the longest. On a `mesh` the rows of
+    a batch are split over its devices, which all belong to this process.
+
+    Args:
+      batch: texts at a time; by default few on a CPU, whose caches hold the activations of no more, and many elsewhere.
+      progress: is told the number of texts done so far.
     """
-    apply = jax.jit(encoder.apply)
-    vectors = np.zeros((len(texts), encoder.dim), np.float32)
-    done = 0
-    for start in range(0, len(texts), _SLAB):
-        ids, mask = encoder.tokenize(texts[start : start + _SLAB], encoder.max_tokens)
-        order = np.argsort(-mask.sum(1), kind="stable")  # longest first: only short texts fill a part batch
+    params, spread, batch = tower.params, None, batch or (CPU_BATCH if jax.default_backend() == "cpu" else BATCH)
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        spread, batch = batch_sharding(mesh), -(-batch // batch_shards(mesh)) * batch_shards(mesh)
+    apply = _compiled(tower)
+    done = first
+    for start in range(first, len(texts), chunk):
+        ids, mask = tower.tokenize(texts[start : start + chunk])
+        lengths = (mask > 0).sum(1)
+        vectors = np.zeros((len(ids), tower.dim), np.float32)
+        order = np.argsort(-lengths, kind="stable")  # longest first: only short texts fill a part batch
         for i in range(0, len(order), batch):
             rows = order[i : i + batch]
-            width = _bucket(int(mask[rows].sum(1).max()), encoder.max_tokens)
+            width = _bucket(int(lengths[rows].max()), tower.max_tokens)
             block = [np.pad(x[rows, :width], ((0, batch - len(rows)), (0, 0))) for x in (ids, mask)]
-            vectors[start + rows] = np.asarray(apply(encoder.params, *block))[: len(rows)]
+            vectors[rows] = np.asarray(apply(params, *jax.device_put(block, spread)))[: len(rows)]
             done += len(rows)
             if progress is not None:
                 progress(done)
-    return vectors
+        yield start, vectors
+
+
+def _compiled(tower: Tower) -> Callable[[Any, Array, Array], Array]:
+    """The jitted `apply` of a tower, kept with it: a jit of one's own in each call would compile anew in each."""
+    kept = vars(tower)
+    if "_compiled" not in kept:
+        kept["_compiled"] = jax.jit(tower.apply)
+    return kept["_compiled"]
 
 
 def _bucket(length: int, most: int) -> int:
@@ -88,20 +144,48 @@ def _bucket(length: int, most: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class TfidfEncoder:
-    """TF-IDF followed by a truncated SVD (latent semantic analysis), as an embedding bag in jax.
-
-    The vector of a text is unit(sum over its words of table[word]) with table[w] = idf_w * V_w. The L2 norm
-    of the TF-IDF vector is a positive factor, which `unit` cancels. Unknown words are dropped.
-    """
+class TfidfTower:
+    """An embedding bag in jax: the vector of a text is unit(sum over its words of params[word])."""
 
     params: Array  # f32 [V + 1, D], one row per word; row 0 is zero and stands for padding
     vocabulary: dict[str, int]
     max_tokens: int
-    query_tokens: int = 32
+
+    @property
+    def dim(self) -> int:
+        return self.params.shape[1]
+
+    @property
+    def settings(self) -> str:
+        return repr((self.vocabulary, self.max_tokens))
+
+    def tokenize(self, texts: Sequence[str | Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the ids of the known words, int32 [Q, T], cut to T, and their mask bool [Q, T]."""
+        ids = np.zeros((len(texts), self.max_tokens), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            known = [self.vocabulary[word] for word in words(written(text)) if word in self.vocabulary]
+            row[: len(known)] = known[: self.max_tokens]
+        return ids, ids > 0
+
+    def apply(self, params: Array, ids: Array, mask: Array) -> Array:
+        """Gives unit vectors f32 [Q, D]."""
+        return unit(jnp.sum(params[ids] * mask[..., None], axis=1))
+
+
+@dataclass(frozen=True, eq=False)
+class TfidfEncoder:
+    """TF-IDF followed by a truncated SVD (latent semantic analysis), of queries and documents alike.
+
+    The table of its towers is table[w] = idf_w * V_w. The L2 norm of the TF-IDF vector is a positive factor, which
+    `unit` cancels. Unknown words are dropped.
+    """
+
+    query: TfidfTower
+    document: TfidfTower
+    similarity: str = "cosine"
 
     @classmethod
-    def fit(cls, texts: Sequence[str], dim: int = 128, seed: int = 0) -> TfidfEncoder:
+    def fit(cls, texts: Sequence[str], dim: int = 128, seed: int = 0, query_tokens: int = 32) -> TfidfEncoder:
         """Learns words, idf and the SVD from the texts; D is at most their number and that of words.
 
         Raises:
@@ -118,21 +202,6 @@ class TfidfEncoder:
         table = np.zeros((counts.shape[1] + 1, svd.components_.shape[0]), np.float32)
         table[1:] = tfidf.idf_[:, None] * svd.components_.T
         vocabulary = {word: int(column) + 1 for word, column in tfidf.vocabulary_.items()}
-        return cls(jnp.asarray(table), vocabulary, max_tokens=max(lengths))
-
-    @property
-    def dim(self) -> int:
-        return self.params.shape[1]
-
-    def tokenize(self, texts: Sequence[str], max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Gives the ids of the known words, int32 [Q, T], cut to T, and their mask bool [Q, T]."""
-        width = max_tokens or self.query_tokens
-        ids = np.zeros((len(texts), width), np.int32)
-        for row, text in zip(ids, texts, strict=True):
-            known = [self.vocabulary[word] for word in words(text) if word in self.vocabulary][:width]
-            row[: len(known)] = known
-        return ids, ids > 0
-
-    def apply(self, params: Array, ids: Array, mask: Array) -> Array:
-        """Gives unit vectors f32 [Q, D]."""
-        return unit(jnp.sum(params[ids] * mask[..., None], axis=1))
+        params = jnp.asarray(table)
+        query, document = (TfidfTower(params, vocabulary, tokens) for tokens in (query_tokens, max(lengths)))
+        return cls(query, document)

@@ -43,7 +43,7 @@ class HybridRetriever:
         """Builds the indexes.
 
         Args:
-          vectors: f32 [len(corpus), D], the documents as embedded before by `embed`; embedded here if None.
+          vectors: f32 [len(corpus), D], the documents by `stored_vectors` or `embed`; embedded here if None.
 
         Raises:
           InputError: when there is neither encoder nor BM25, k or depth is below 1, or `vectors` has
@@ -59,35 +59,36 @@ class HybridRetriever:
         self._bm25 = Bm25Index(corpus.texts()) if lexical else None
         self._dense = None
         if encoder is not None:
-            self._dense = DenseIndex(embed(encoder, corpus.texts()) if vectors is None else vectors)
+            vectors = embed(encoder.document, corpus.documents) if vectors is None else vectors
+            self._dense = DenseIndex(vectors, encoder.similarity)
         self._jitted = jax.jit(self.encode)
 
     @property
     def params(self) -> Any:
-        """The encoder's weights, an empty tuple without one."""
-        return () if self.encoder is None else self.encoder.params
+        """The weights of the encoder's query tower, an empty tuple without one."""
+        return () if self.encoder is None else self.encoder.query.params
 
     @property
     def dim(self) -> int:
         """D, 0 without an encoder."""
-        return 0 if self.encoder is None else self.encoder.dim
+        return 0 if self.encoder is None else self.encoder.query.dim
 
     @property
     def query_tokens(self) -> int:
         """T, 0 without an encoder."""
-        return 0 if self.encoder is None else self.encoder.query_tokens
+        return 0 if self.encoder is None else self.encoder.query.max_tokens
 
     def tokenize(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Gives ids int32 [Q, T] and mask bool [Q, T]; calls no jax."""
         if self.encoder is None:
             return np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), bool)
-        return self.encoder.tokenize(queries)
+        return self.encoder.query.tokenize(queries)
 
     def encode(self, params: Any, ids: Array, mask: Array) -> Array:
         """Gives query vectors f32 [Q, D]; pure jax."""
         if self.encoder is None:
             return jnp.zeros((ids.shape[0], 0), jnp.float32)
-        return self.encoder.apply(params, ids, mask)
+        return self.encoder.query.apply(params, ids, mask)
 
     def search(self, queries: Sequence[str], vectors: np.ndarray, k: int | None = None) -> list[tuple[Document, ...]]:
         """Gives the k best documents per query, best first, fewer where fewer match; calls no jax.

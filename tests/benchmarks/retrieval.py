@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jraggym.data.hotpotqa import read_pooled
 from jraggym.errors import InputError
-from jraggym.models.bert import BertEncoder, minilm_path
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.bm25 import Bm25Index
 from jraggym.retrieval.corpus import words
 from jraggym.retrieval.dense import TREE_FROM, DenseIndex
@@ -149,8 +149,8 @@ def main() -> None:
     except InputError as error:
         return print(f"\nno MiniLM part: {error}")
     with tqdm(total=len(texts), desc="embedding", file=sys.stderr) as bar:
-        vectors = embed(encoder, texts, progress=lambda done: bar.update(done - bar.n))
-    return compare_dense("MiniLM, HotpotQA paragraphs", vectors, embed(encoder, queries))
+        vectors = embed(encoder.document, questions.corpus.documents, progress=lambda done: bar.update(done - bar.n))
+    return compare_dense("MiniLM, HotpotQA paragraphs", vectors, embed(encoder.query, queries))
 
 
 if __name__ == "__main__":
