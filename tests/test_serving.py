@@ -29,12 +29,13 @@ from jraggym.types import Malformed, Search, State
 from train.export import Arguments, run
 from train.job import prepare, run_experiment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
+]
 
 QUESTIONS = 50
-# Wide and long enough that most actions are well-formed: an agent that writes garbage agrees with any other.
-LEARNER = DecoderConfig(model=64, layers=2, query_heads=2, kv_heads=2, head_dim=32, feed_forward=128)
-STEPS = Optimization(60, rate=6e-3, warmup=5)
+STEPS = Optimization(140, rate=6e-3, warmup=5)  # until half of the actions are well-formed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def job(tmp_path_factory):
     """A small actor of our own, trained until it writes actions, and its experiment."""
     out = tmp_path_factory.mktemp("serving") / "sft"
     experiment = small(sft_synthhop.EXPERIMENT, out, optimization=STEPS)
-    settings = dataclasses.replace(experiment.settings, model=LEARNER, tokens=3_000, test=QUESTIONS)
+    settings = dataclasses.replace(
+        experiment.settings, model=DecoderConfig(), tokens=2_500, short_first=70, test=QUESTIONS
+    )
     experiment = dataclasses.replace(experiment, settings=settings)
     run_experiment(experiment, train_sft)
     return experiment
@@ -85,9 +88,10 @@ def test_the_exported_actor_takes_the_same_actions_in_torch(job, tmp_path):
         same += mine == torch_agent(model, tokenizer, shop.test_retriever, example.question, turns)
     assert same == QUESTIONS
     actions = [parse_action(step.candidates[0].text) for trajectory in found for step in trajectory.steps]
-    formed = sum(not isinstance(action, Malformed) for action in actions)
-    assert formed > 0.5 * len(actions), "most actions are to be searches and answers"
-    assert len({str(action) for action in actions}) > 20, f"{formed} of {len(actions)}"
+    formed = {str(action) for action in actions if not isinstance(action, Malformed)}
+    assert len(formed) > QUESTIONS, (
+        f"an agent that writes garbage agrees with any other: {len(formed)} different actions"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,8 @@ def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) ->
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(shop))
     if experiment.data is None:
-        batches, share = warm_start_data(shop, demonstrations(shop)), 0.5
+        # Of a whole episode most tokens are what came back.
+        batches, share = warm_start_data(shop, demonstrations(shop)), 0.5 if shop.codec.appends else 1.0
     else:
         batches, share = labelled(shop, successful(open_dataset(experiment.data))), 1.0
     objective = steps.sft(dataclasses.replace(ready.net, share=share), weighted=experiment.weighted)
