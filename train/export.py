@@ -3,9 +3,10 @@
 actor      AutoModelForCausalLM.from_pretrained("served")
 critic     AutoModelForSequenceClassification.from_pretrained("served"): the score of a prompt and an action
 adapters   PeftModel.from_pretrained(base, "served"), of a model that was trained with --lora.rank
+encoder    SentenceTransformer("served"), of a BERT encoder's folder; of two towers, two folders in it
 
-With them go the tokenizer, a generation config that stops where an action ends, and a model card. `--model` may also be
-a Hugging Face folder or owner/repository@revision, to convert its types or to merge `--merge ADAPTERS` of PEFT into it.
+With the first two go the tokenizer, a generation config that stops where an action ends, and a model card. `--model`
+may also be a Hugging Face folder or owner/repository@revision, to convert its types or to merge adapters of PEFT.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import tyro
 
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.model_folder import Model
+from jraggym.models.bert_encoder import BertEncoder, save_encoder
 from jraggym.models.lora import merge
+from jraggym.porting.hub import local_files
 from jraggym.porting.peft import read_adapters
 from jraggym.porting.pretrained import copy_adapters, export_model, open_model
 
@@ -33,7 +36,7 @@ class Arguments:
     """Folder of a train.* job's model, a Hugging Face folder, or owner/repository@revision."""
     out: Path
     """The new folder; one that is there already is refused unless --replace."""
-    kind: Literal["actor", "critic", "adapters"] | None = None
+    kind: Literal["actor", "critic", "adapters", "encoder"] | None = None
     """What the model is; unless told, model.json or config.json says it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights on disk."""
@@ -43,6 +46,10 @@ class Arguments:
     """Folder of PEFT adapters to merge into an actor."""
     shard: float = 5.0
     """Gigabytes of one file of weights at most."""
+    family: str | None = None
+    """Of an encoder whose folder says no more: minilm, bge, e5, contriever, specter or medcpt."""
+    documents: Path | None = None
+    """Of an encoder with two towers: the folder of the one for documents."""
     replace: bool = False
     """Take the place of a folder that is there already."""
 
@@ -51,9 +58,12 @@ def run(arguments: Arguments) -> None:
     """Exports one model; raises InputError when it cannot be read, has no counterpart, or the folder is taken."""
     if arguments.out.exists() and not arguments.replace:
         raise InputError(f"{arguments.out} exists", got="no --replace", remedy="Name another folder, or add --replace.")
-    kind = arguments.kind or _kind(arguments.model)
+    kind = arguments.kind or _kind(local_files(arguments.model).folder)
     if kind == "adapters":
         copy_adapters(arguments.model, arguments.out, base=arguments.base)
+    elif kind == "encoder":
+        documents = arguments.documents and local_files(arguments.documents).folder
+        save_encoder(arguments.out, BertEncoder.load(local_files(arguments.model).folder, arguments.family, documents))
     else:
         model = open_model(arguments.model, kind)
         if arguments.merge is not None:
