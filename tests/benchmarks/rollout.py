@@ -13,10 +13,12 @@ agree is printed. Nothing is asserted: the figures depend on the machine, and on
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,11 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from jraggym.data.synthhop import make_world
 from jraggym.environment import transition, wants_retrieval
+from jraggym.model_folder import Model
 from jraggym.models.decoder import Decoder, DecoderConfig, init, prefix_forward, specs
+from jraggym.porting.pretrained import export_model
 from jraggym.retrieval.corpus import Corpus
 from jraggym.retrieval.encoder import TfidfEncoder
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -147,47 +151,12 @@ def time_generation(case: Case, sampling: Sampling, states: list[State]) -> floa
 # ---------------------------------------------------------------- the loop
 
 
-def to_torch(case: Case) -> Qwen2ForCausalLM:
-    """The same function as a Qwen2 model: our input embedding is the tied table times sqrt(D)."""
-    model = case.model
-    sizes: dict[str, Any] = {
-        "vocab_size": model.vocab,
-        "hidden_size": model.model,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.query_heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.feed_forward,
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "tie_word_embeddings": False,
-    }
-    theirs = Qwen2ForCausalLM(Qwen2Config(**sizes))
-    theirs.load_state_dict(named_tensors(case))
-    return theirs.eval()
-
-
-def named_tensors(case: Case) -> dict[str, torch.Tensor]:
-    """Our weights under Hugging Face names; their matrices are [out, in]."""
-    weights, layers = case.weights, case.weights.layers
-    table = np.asarray(weights.embed)
-    tensors = {
-        "model.embed_tokens.weight": table * case.model.model**0.5,
-        "lm_head.weight": table,
-        "model.norm.weight": np.asarray(weights.final_norm),
-    }
-    for n in range(case.model.layers):
-        tensors |= {
-            f"model.layers.{n}.{theirs}": np.asarray(getattr(layers, ours)[n]).T
-            for ours, theirs in (
-                *((name, f"self_attn.{name}_proj.weight") for name in "qkvo"),
-                *((f"{name}_bias", f"self_attn.{name}_proj.bias") for name in "qkv"),
-                *((name, f"mlp.{name}_proj.weight") for name in ("gate", "up", "down")),
-                ("attention_norm", "input_layernorm.weight"),
-                ("mlp_norm", "post_attention_layernorm.weight"),
-            )
-        }
-    return {name: torch.tensor(array) for name, array in tensors.items()}
+def to_torch(case: Case) -> Any:
+    """The same model in transformers, by way of its exported folder."""
+    model = Model("actor", case.model, case.codec.tokenizer, case.weights, {})
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(model, Path(folder) / "model")
+        return AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
 
 
 def run_loop(case: Case, generate: Callable[[State], list[str]]) -> Result:
@@ -255,7 +224,7 @@ def best(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     return min(seconds for seconds, _ in runs), runs[-1][1]
 
 
-def compare(case: Case, model: Qwen2ForCausalLM, sampling: Sampling) -> None:
+def compare(case: Case, model: Any, sampling: Sampling) -> None:
     """Prints actions per second of both sides, the whole and generation alone; greedy, also how often they agree."""
     ours, trajectories = run_jitted(case, sampling)
     generate = make_generate(case, model, sampling)
