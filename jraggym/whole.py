@@ -17,13 +17,21 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
     Raises InputError when the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if not folder.name or folder.is_file():
+        raise InputError("no folder can be written here", got=str(folder), remedy="Name another one.")
     building, old = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "old"))
     try:
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            os.replace(old, folder)
         for left in (building, old):
             shutil.rmtree(left, ignore_errors=True)
         building.mkdir(parents=True)
-        yield building
+        try:
+            yield building
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         if folder.exists():
             os.replace(folder, old)
         os.replace(building, folder)

@@ -87,6 +87,10 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_segments(codec):
     for budget in (len(whole), len(whole) - 1, len(kept[2]), len(kept[-1])):
         short = dataclasses.replace(codec, max_prompt=budget).prompt(state)
         assert short == next(ids for ids in kept if len(ids) <= budget)
+    alone = codec.prompt(State("Who?"))
+    assert dataclasses.replace(codec, max_prompt=len(alone)).prompt(State("Who?", turns[:2])) == alone
+    with pytest.raises(InputError, match=r"does not fit max_prompt.*--settings\.max-prompt"):
+        dataclasses.replace(codec, max_prompt=len(alone) - 1).prompt(State("Who?", turns[:2]))
 
 
 def test_no_document_ends_a_turn_or_begins_one(codec, family):

@@ -52,7 +52,7 @@ def test_a_folder_that_is_there_is_kept_unless_told(models, tmp_path):
     [
         ({"kind": "adapters"}, "was not trained by adapters"),
         ({"kind": "critic"}, "holds no critic; got actor"),
-        ({"merge": "nowhere"}, "cannot read nowhere/adapter_config.json"),
+        ({"merge": "nowhere"}, "no such model; got nowhere"),
         ({"model": "nowhere"}, "no such model; got nowhere"),
         ({"kind": "encoder"}, "config.json"),
     ],

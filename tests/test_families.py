@@ -4,6 +4,7 @@ and config.json in and out."""
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import pytest
 import torch
 from array_samples import random_batch, random_decoder, worst_difference
 from hf_samples import FAMILIES, SIZES, from_state, hf_config, sample_model, to_state, until_layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jraggym.errors import InputError
@@ -27,7 +30,7 @@ from jraggym.models.decoder import (
     specs,
     unembedding,
 )
-from jraggym.models.families import decoder_config, family_config
+from jraggym.models.families import CAPS, REQUIRED, decoder_config, family_config
 from jraggym.models.packed import packed_forward
 from jraggym.models.tensor_names import portable
 from jraggym.objectives.forward import branches, token_logprobs_and_entropy
@@ -353,9 +356,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "unknown keys; got beta"),
         ("llama", {"residual_multiplier": 0.2}, r"unknown settings; got residual_multiplier = 0\.2"),
         ("llama", {"max_window_layers": 3}, "unknown settings; got max_window_layers = 3"),
-        ("llama", {"hidden_size": None}, "hidden_size is no size; got None"),
-        ("llama", {"num_attention_heads": "4"}, "num_attention_heads is no size; got '4'"),
-        ("llama", {"head_dim": 7}, "head_dim must be even; got 7"),
+        ("llama", {"hidden_size": None}, "lacks a size; got no hidden_size"),
+        ("llama", {"num_attention_heads": "4"}, "num_attention_heads must be an integer from 1 to 2147483647; got '4'"),
+        ("llama", {"head_dim": 7}, "head_dim must be even and positive; got 7"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types is not supported; got full_attention"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types is not supported; got chunked_attention"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types without a sliding_window"),
@@ -384,6 +387,120 @@ def test_a_missing_size_is_named():
     assert decoder_config(values).kv_heads == 4
 
 
+NAN, HUGE = float("nan"), 10**400
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NO_NUMBER, NO_FLAG, NO_LIST = "must be a positive number", "must be true or false", "must be a list of names"
+NO_INTEGER, NO_OBJECT = "must be an integer from 1 to", "must be an object"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("llama", "model_type", [], "unknown model_type; got []"),
+        ("llama", "model_type", {}, "unknown model_type; got {}"),
+        ("llama", "architectures", 3, f"{NO_LIST}; got 3"),
+        ("llama", "architectures", [[]], f"{NO_LIST}; got [[]]"),
+        ("llama", "architectures", "LlamaForCausalLM", f"{NO_LIST}; got 'LlamaForCausalLM'"),
+        *[("llama", "rms_norm_eps", value, f"{NO_NUMBER}; got {value!r}") for value in ("x", NAN, -1e-5, 0, True, [])],
+        *[("llama", "rope_theta", value, f"{NO_NUMBER}; got {value!r}") for value in ("x", -1, NAN, HUGE, {})],
+        ("gemma3", "rope_local_base_freq", "x", f"{NO_NUMBER}; got 'x'"),
+        *[("llama", "rope_scaling", value, f"{NO_OBJECT}; got {value!r}") for value in ("x", 3, [], False)],
+        ("llama", "rope_parameters", ["x"], f"{NO_OBJECT}; got ['x']"),
+        ("gemma3", "rope_parameters", {"full_attention": 3}, f"rope_parameters: full_attention {NO_OBJECT}; got 3"),
+        ("llama", "rope_scaling", {"type": "linear", "factor": "8"}, f"rope_scaling: factor {NO_NUMBER}; got '8'"),
+        ("llama", "rope_scaling", {"type": "linear", "factor": NAN}, f"rope_scaling: factor {NO_NUMBER}; got nan"),
+        ("llama", "rope_scaling", {"rope_type": []}, "rope_scaling: rope_type is not supported; got []"),
+        ("llama", "rope_scaling", {"rope_theta": "x"}, f"rope_scaling: rope_theta {NO_NUMBER}; got 'x'"),
+        ("llama", "rope_scaling", {**LLAMA3, "original_max_position_embeddings": None},
+         "llama3 rotation lacks a key; got no original_max_position_embeddings"),
+        ("llama", "rope_scaling", {**LLAMA3, "original_max_position_embeddings": 64.5},
+         f"original_max_position_embeddings {NO_INTEGER} 2147483647; got 64.5"),
+        ("qwen2", "layer_types", 3, f"{NO_LIST}; got 3"),
+        ("qwen2", "layer_types", [[]] * 3, f"{NO_LIST}; got [[], [], []]"),
+        *[("mistral", "sliding_window", value, f"{NO_INTEGER} 2147483647; got {value!r}")
+          for value in ("x", 3.5, 0, True)],
+        ("qwen2", "use_sliding_window", "no", f"{NO_FLAG}; got 'no'"),
+        ("qwen2", "max_window_layers", "x", "must be an integer from 0 to 2147483647; got 'x'"),
+        ("gemma3", "sliding_window_pattern", "x", f"{NO_INTEGER} 2147483647; got 'x'"),
+        ("gemma2", "query_pre_attn_scalar", "x", f"{NO_NUMBER}; got 'x'"),
+        *[("gemma2", key, "x", f"{NO_NUMBER}; got 'x'") for key in CAPS],
+        ("llama", "tie_word_embeddings", "no", f"{NO_FLAG}; got 'no'"),
+        ("llama", "attention_bias", "no", f"{NO_FLAG}; got 'no'"),
+        ("llama", "vocab_size", HUGE, f"{NO_INTEGER} 2147483647; got 1000"),
+        ("llama", "num_hidden_layers", 2**31 - 1, f"{NO_INTEGER} 9999; got 2147483647"),
+        ("llama", "head_dim", True, f"{NO_INTEGER} 2147483647; got True"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused_by_its_key(name, key, value, message):
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        decoder_config({**hf_config(name).to_dict(), key: value})
+    assert key in str(raised.value)
+
+
+@pytest.mark.parametrize("values", [None, 3, "llama", [], [["model_type", "llama"]]])
+def test_what_is_no_object_is_refused(values):
+    with pytest.raises(InputError, match=re.escape(f"config.json must be an object; got {values!r}")):
+        decoder_config(values)
+
+
+def test_null_is_the_default_but_for_caps_and_windows():
+    llama, gemma = hf_config("llama").to_dict(), hf_config("gemma2").to_dict()
+    keys = ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "head_dim")
+    for values in (llama, gemma):
+        left = {key: value for key, value in values.items() if key not in keys}
+        assert decoder_config(left | dict.fromkeys(keys)) == decoder_config(left)
+    assert decoder_config(gemma | dict.fromkeys(CAPS)).score_cap is None
+    assert decoder_config({key: value for key, value in gemma.items() if key not in CAPS}).score_cap == 50.0
+    assert decoder_config(hf_config("mistral").to_dict() | {"sliding_window": None}).window is None
+
+
+def test_heads_that_leave_no_width_are_refused():
+    with pytest.raises(InputError, match="head_dim must be even and positive; got 0"):
+        decoder_config(hf_config("llama").to_dict() | {"head_dim": None, "num_attention_heads": 64})
+
+
+@functools.cache
+def sample_values(name):
+    return hf_config(name).to_dict()
+
+
+ROTATIONS = ("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "full_attention",
+             "sliding_attention", "original_max_position_embeddings", "partial_rotary_factor")  # fmt: skip
+KEYS = sorted(
+    {key for name in NAMES for key in sample_values(name)}
+    | {*REQUIRED, *CAPS, "rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern", "use_mrope"}
+    | {"layer_types", "sliding_window", "max_window_layers", "use_sliding_window", "query_pre_attn_scalar"}
+)
+WORDS = ["default", "linear", "llama3", "yarn", "sliding_attention", "full_attention", "LlamaModel", *FAMILIES]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-1, 9) | st.floats() | st.sampled_from(WORDS) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(ROTATIONS), inner, max_size=5)
+        | st.dictionaries(st.text(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(NAMES), st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_json_gives_a_whole_configuration_or_an_input_error(name, change):
+    try:
+        config = decoder_config(sample_values(name) | change)
+    except InputError:
+        return
+    assert DecoderConfig(**json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@settings(max_examples=100, deadline=None)
+@given(VALUES)
+def test_any_json_at_all_gives_an_input_error(values):
+    with pytest.raises(InputError):
+        decoder_config(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -408,6 +525,11 @@ def test_a_configuration_of_no_family_is_refused_by_name(change, message):
         ({"window": 4, "local": (True, True)}, "local must tell 2 layers apart"),
         ({"rope_scaling": {"kind": "yarn"}}, "unknown kind; got yarn"),
         ({"rope_scaling": {"kind": "linear", "factor": 0.0}}, "impossible rope_scaling"),
+        ({"rope_scaling": {"kind": "linear", "factor": NAN}}, "impossible rope_scaling"),
+        ({"norm_eps": NAN}, "norm_eps must be positive; got nan"),
+        ({"rope_theta": -1.0}, r"rope_theta must be positive; got -1\.0"),
+        ({"final_cap": NAN}, "final_cap must be positive; got nan"),
+        ({"head_dim": 0}, "head_dim must be even and positive; got 0"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(change, message):

@@ -1,10 +1,10 @@
 """Tokenizers of Hugging Face models: the ids of apply_chat_template, the ends of turns, and files that are refused."""
 
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import huggingface_hub
 import pytest
 import sentencepiece
 from chat_families import FAMILIES, write_family
@@ -127,7 +127,7 @@ def test_sizes_and_single_ids(folders, loaded):
         assert tokenizer.vocab_size == len(theirs)
         assert all(tokenizer.token_id(t) == theirs.convert_tokens_to_ids(t) for t in FAMILIES[name].tokens)
     assert loaded["qwen"].pad_id == loaded["qwen"].token_id("<|endoftext|>")
-    assert loaded["llama"].pad_id in loaded["llama"].end_ids, "a model without padding is padded with a stop"
+    assert all(tokenizer.pad_id != tokenizer.end_ids[0] for tokenizer in loaded.values())
     with pytest.raises(KeyError, match="banana"):
         loaded["llama"].token_id("<banana>")
 
@@ -200,7 +200,7 @@ def test_a_system_message_that_is_left_out_counts_as_none(folders):
 
 
 def test_a_template_that_refuses_is_named(loaded):
-    with pytest.raises(InputError, match=r"refuses the messages.*System role not supported for the roles system, user"):
+    with pytest.raises(InputError, match=r"refuses the messages.*System role not supported, for the roles system"):
         loaded["gemma"].chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
 
 
@@ -294,30 +294,42 @@ def test_no_code_of_a_repository_runs(tmp_path, kind):
     assert "evil" not in sys.modules
 
 
-def test_a_hub_name_is_fetched_at_its_revision_without_weights_or_code(folders, monkeypatch):
-    asked = {}
-
-    def snapshot_download(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(folders["llama"])
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    tokenizer = HuggingFaceTokenizer.load("some/model", "abc123")
-    assert (asked["name"], asked["revision"]) == ("some/model", "abc123")
-    assert tokenizer.chat(TALK) == HuggingFaceTokenizer.load(folders["llama"]).chat(TALK)
-    wanted = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"]
-    wanted += ["generation_config.json", "config.json", "chat_template.jinja", "merges.txt", "tokenizer.model"]
-    unwanted = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "tokenization_x.py"]
-    kept = list(huggingface_hub.utils.filter_repo_objects(wanted + unwanted, allow_patterns=asked["patterns"]))
-    assert kept == wanted
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_saved_tokenizer_comes_back_whole(name, folders, loaded, tmp_path):
+    """With what generation_config.json says, which is no part of transformers' own tokenizer files."""
+    before = loaded[name]
+    before.save(tmp_path)
+    again = HuggingFaceTokenizer.load(tmp_path)
+    assert (again.end_ids, again.pad_id) == (before.end_ids, before.pad_id)
+    assert again.chat(TALK) == before.chat(TALK)
+    assert again.decode(before.encode(["Who is the mayor?"])) == ["Who is the mayor?"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.pad_token_id == before.pad_id != before.end_ids[0]
 
 
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
-    def refuse(name, revision, allow_patterns):
-        raise OSError("no route to host")
+def test_a_template_without_a_date_has_the_same_one_every_day(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(dated + "{{ date_string }}")
+    tokenizer = HuggingFaceTokenizer.load(tmp_path)
+    assert tokenizer.decode([tokenizer.chat(TALK)]) == ["26 Jul 2024"]
+    told = HuggingFaceTokenizer.load(tmp_path, date_string="1 May 2030")
+    assert told.decode([told.chat(TALK)]) == ["1 May 2030"]
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(InputError, match=r"cannot fetch some/model at main; got no route to host.*HF_TOKEN"):
-        HuggingFaceTokenizer.load("some/model", "main")
-    with pytest.raises(InputError, match=r"no such tokenizer; got some/model without a revision"):
-        HuggingFaceTokenizer.load("some/model")
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ none + 1 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_a_template_that_fails_is_named(template, folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="the chat template refuses the messages"):
+        HuggingFaceTokenizer.load(tmp_path).chat(TALK)
+
+
+def test_special_tokens_may_lie_beyond_the_embedding_table(loaded):
+    tokenizer = loaded["qwen"]
+    assert tokenizer.fits(tokenizer.vocab_size)
+    last = max(tokenizer._vocab.values())
+    assert tokenizer.fits(last), "the last one is special"
+    assert not tokenizer.fits(100)

@@ -80,6 +80,7 @@ SIBLINGS = [
     ("jraggym.onpolicy", "jraggym.steps"),
     ("jraggym.onpolicy", "jraggym.training"),
     ("jraggym.models.*", "jraggym.models.architecture"),
+    ("jraggym.models.families", "jraggym.models.config_values"),
     ("jraggym.models.decoder", "jraggym.models.attention"),
     ("jraggym.models.likelihood", "jraggym.models.attention"),
     ("jraggym.recipes.*", "jraggym.recipes.task"),

@@ -13,6 +13,7 @@ from hf_samples import from_state, sample_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from jraggym.errors import InputError
+from jraggym.models.attention import soft_cap
 from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import branch_forward, init, prefix_forward, unembedding
 from jraggym.models.lora import Lora, adapt, lora_specs, merge
@@ -40,7 +41,7 @@ def logits(weights, config):
         mask = np.ones_like(IDS[:, :1], bool)
         prefix = prefix_forward(weights, config, IDS[:, :1], mask)
         hidden = branch_forward(weights, config, prefix, IDS[:, None], np.ones_like(IDS[:, None], bool))
-        return hidden[:, 0] @ unembedding(weights)
+        return soft_cap(hidden[:, 0] @ unembedding(weights), config.final_cap)
 
     return np.asarray(jax.jit(run)(weights))
 
@@ -50,7 +51,9 @@ def theirs(model):
         return model(input_ids=torch.tensor(IDS).long()).logits.numpy()
 
 
-@pytest.mark.parametrize(("name", "leaves"), [("llama3", LEAVES), ("qwen2", ("q", "up", "down")), ("gemma3", LEAVES)])
+@pytest.mark.parametrize(
+    ("name", "leaves"), [("llama3", LEAVES), ("qwen2", ("q", "up", "down")), ("gemma3", LEAVES), ("gemma2", LEAVES)]
+)
 def test_our_adapters_act_the_same_in_peft(name, leaves, tmp_path):
     model, config, weights = sample_model(name)
     lora = Lora(rank=3, alpha=5.0, leaves=leaves)
@@ -59,11 +62,10 @@ def test_our_adapters_act_the_same_in_peft(name, leaves, tmp_path):
     write_adapters(tmp_path / "adapters", PeftAdapters(lora, adapters), config, base=str(tmp_path / "base"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     served = theirs(peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval())
-    if config.final_cap is None:
-        ours = logits(adapt(weights, adapters, lora), config)
-        assert worst_difference(ours, served) < 1e-4
-        assert worst_difference(ours, logits(weights, config)) > 0.1, "the adapters must change something"
-        assert worst_difference(ours, logits(merge(weights, adapters, lora), config)) < 1e-4
+    ours = logits(adapt(weights, adapters, lora), config)
+    assert worst_difference(ours, served) < 1e-4
+    assert worst_difference(ours, logits(weights, config)) > 0.1, "the adapters must change something"
+    assert worst_difference(ours, logits(merge(weights, adapters, lora), config)) < 1e-4
     again = read_adapters(tmp_path / "adapters", config, mesh=make_mesh(2, 2, 1))
     assert again.lora == Lora(rank=3, alpha=5.0, leaves=tuple(sorted(leaves, key="qkvo gate up down".find)))
     assert worst_difference({leaf: again.adapters[leaf] for leaf in leaves}, adapters) == 0.0
@@ -98,7 +100,7 @@ def test_adapters_of_a_critic_bring_their_score_head(tmp_path):
     base = AutoModelForSequenceClassification.from_config(type(model.config)(**values), attn_implementation="eager")
     base.model.load_state_dict(model.model.state_dict())
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS",
-                               init_lora_weights=False)  # fmt: skip
+                               modules_to_save=["score"], init_lora_weights=False)  # fmt: skip
     wrapped = peft.get_peft_model(base, settings).eval()
     wrapped.save_pretrained(tmp_path / "theirs")
     found = read_adapters(tmp_path / "theirs", config)
@@ -126,6 +128,9 @@ def test_adapters_of_a_critic_bring_their_score_head(tmp_path):
         ({"bias": "all"}, "this bias is not supported; got 'all'"),
         ({"rank_pattern": {"q_proj": 8}}, "this rank_pattern is not supported"),
         ({"modules_to_save": ["lm_head"]}, "this modules_to_save is not supported"),
+        ({"init_lora_weights": "pissa"}, "this init_lora_weights is not supported; got 'pissa'"),
+        ({"use_bdlora": {"nblocks": 2}}, "this use_bdlora is not supported"),
+        ({"something_new": 1}, "this something_new is not supported; got 1"),
         ({"peft_type": "IA3"}, "this peft_type is not supported; got 'IA3'"),
         ({"r": None}, "cannot read .*adapter_config.json"),
     ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from array_samples import worst_difference
+from chat_families import write_family
 from hf_samples import FAMILIES, hf_model, sample_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,8 +36,11 @@ from jraggym.models.tensor_names import tensor_names
 from jraggym.porting.pretrained import export_model, load_pretrained, open_model
 from jraggym.porting.reading import Checkpoint, read_weights
 from jraggym.sharding import make_mesh, shardings
+from jraggym.text.chat import ChatCodec
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.types import State
+from jraggym.whole import whole_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -232,6 +236,18 @@ def test_our_actor_speaks_the_same_in_torch(dtype, tiny, tmp_path):
     same_bits(state_of(tmp_path / "again"), state_of(tmp_path / "out"))
 
 
+def scored(weights, config, ids, tail):
+    """The score of one action behind one prompt."""
+    prompt, branch = np.array([ids], np.int32), np.array([[[ids[-1], *tail]]], np.int32)
+
+    @jax.jit
+    def run(weights):
+        prefix = prefix_forward(weights.trunk, config, prompt, np.ones_like(prompt, bool))
+        return critic_scores(weights, config, prefix, branch, np.ones_like(branch, bool))[0, 0]
+
+    return float(run(weights))
+
+
 @pytest.mark.parametrize("name", ["tiny", "qwen2", "gemma3", "llama3"])
 def test_a_critic_scores_the_same_in_torch(name, tiny, tmp_path):
     if name == "tiny":
@@ -250,15 +266,38 @@ def test_a_critic_scores_the_same_in_torch(name, tiny, tmp_path):
     for state, action in texts:
         prompt, tail = tokenizer.encode([state, action])
         assert served(state + action, add_special_tokens=False)["input_ids"] == prompt + tail
-        ids = np.array([prompt], np.int32)
-        prefix = prefix_forward(trunk, config, ids, np.ones_like(ids, bool))
-        branch = np.array([[[prompt[-1], *tail]]], np.int32)
-        ours = critic_scores(weights, config, prefix, branch, np.ones_like(branch, bool))[0, 0]
         with torch.no_grad():
             expected = theirs(torch.tensor([prompt + tail])).logits[0, 0]
-        assert float(ours) == pytest.approx(float(expected), abs=1e-4)
+        assert scored(weights, config, prompt, tail) == pytest.approx(float(expected), abs=1e-4)
     again = load_pretrained(tmp_path / "out", "critic")
     assert worst_difference(again.weights.head, weights.head) == 0.0
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama", "qwen"])
+def test_a_chat_critic_reads_the_end_of_the_turn_in_torch(family, tmp_path):
+    """Also of a family whose only spare token is the one that ends a turn: as padding it would not be read."""
+    write_family(family, tmp_path / "in")
+    codec = ChatCodec(HuggingFaceTokenizer.load(tmp_path / "in"), 4, 2_000)
+    config = DecoderConfig(
+        vocab=512, model=24, query_heads=2, kv_heads=1, head_dim=12, qkv_bias=False, scale_embed=False
+    )
+    weights = init(critic_specs(config), jax.random.key(1))
+    model_type = {"qwen": "qwen3"}.get(family, family)
+    export_model(
+        Model("critic", config, codec.tokenizer, weights, {"config": {"model_type": model_type}}), tmp_path / "out"
+    )
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt, (short, long) = (
+        codec.prompt(State("Who?")),
+        codec.encode(["<answer> yes</answer>", "<search> Bexlis</search>"]),
+    )
+    assert short[-1] == codec.stops[0]
+    padded = served.pad({"input_ids": [prompt + short, prompt + long]}, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**padded).logits[:, 0]
+    for action, score in zip((short, long), expected, strict=True):
+        assert scored(weights, config, prompt, action) == pytest.approx(float(score), abs=1e-4)
 
 
 def test_a_critic_that_counts_likelihoods_is_refused(tiny, tmp_path):
@@ -267,6 +306,22 @@ def test_a_critic_that_counts_likelihoods_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match=r"no counterpart in transformers.*--no-likelihood"):
         export_model(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", 3, "gone.safetensors"])
+def test_an_index_stays_in_its_folder(place, tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "elsewhere.safetensors")
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": place}}))
+    with pytest.raises(InputError, match=r"leads out of its folder|names missing files"):
+        Checkpoint.open(tmp_path / "in")
+
+
+def test_what_float16_cannot_hold_is_named(tiny, tmp_path):
+    large = tiny.weights.replace(final_norm=7e4 * jnp.ones_like(tiny.weights.final_norm))
+    with pytest.raises(InputError, match=r"model\.norm\.weight does not fit float16"):
+        export_model(replace(tiny, weights=large), tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.iterdir()), "nothing half-written stays"
 
 
 def test_a_model_folder_keeps_a_tokenizer_of_hugging_face(tmp_path):
@@ -315,6 +370,24 @@ def test_a_killed_export_leaves_no_half_folder(tiny, tmp_path):
     export_model(tiny, tmp_path / "new")
     same_bits(state_of(tmp_path / "new"), state_of(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.building", "model", "new", "out"]
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    old = tmp_path / ".out.old"
+    old.mkdir()
+    (old / "weights").write_text("the only whole copy")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+        raise RuntimeError("and the next try fails, too")
+    assert (tmp_path / "out" / "weights").read_text() == "the only whole copy"
+    assert not (tmp_path / ".out.building").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "/"])
+def test_what_is_no_folder_is_not_replaced(name, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError, match="no folder can be written here"), whole_folder(tmp_path / name):
+        pass
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_the_card_says_how_the_model_was_made(tiny, tmp_path):

@@ -1,7 +1,9 @@
 """Vectors of a corpus on disk: whole or gone on with, on any mesh, and read without a copy."""
 
 import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +142,63 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot keep vectors in"):
         stored_vectors(tmp_path / "file", TOWER, TEXTS)
+
+
+def header(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+DAMAGE = {  # of a file of 23 rows of 6 numbers
+    "empty": lambda whole: b"",
+    "cut in the header": lambda whole: whole[:40],
+    "cut": lambda whole: whole[:-1],
+    "longer": lambda whole: whole + b"x",
+    "no magic": lambda whole: b"x" + whole[1:],
+    "pickled": lambda whole: b"\x80\x04." + whole[3:],
+    "zipped": lambda whole: b"PK\x03\x04" + whole[4:],
+    "header of zeros": lambda whole: whole[:10] + bytes(118) + whole[128:],
+    "header that is no dict": lambda whole: whole[:10] + b"[" + whole[11:],
+    "header without an end": lambda whole: whole.replace(b"}", b"("),
+    "another version": lambda whole: whole[:6] + b"\x09" + whole[7:],
+    "another dtype": lambda whole: header(np.zeros((23, 6))),
+    "other bytes' order": lambda whole: whole.replace(b"<f4", b">f4"),
+    "another shape": lambda whole: header(np.zeros((6, 23), np.float32)),
+    "columns first": lambda whole: header(np.zeros((23, 6), np.float32, order="F")),
+    "objects": lambda whole: header(np.array([None])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_and_left(tmp_path, damage):
+    path = Path(stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8).filename)
+    whole = path.read_bytes()
+    broken = DAMAGE[damage](whole)
+    assert broken != whole
+    part, done = path.with_suffix(".part"), path.with_suffix(".done")
+    for damaged in (path, part):
+        path.unlink(missing_ok=True)
+        damaged.write_bytes(broken)
+        done.write_text("16")
+        with pytest.raises(InputError, match=rf"{re.escape(str(damaged))} is damaged; got .*Remove this file"):
+            stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8)
+        assert damaged.read_bytes() == broken
+    part.unlink()
+    stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("count", [b"", b"x", b"-1", b"24", b"1.5", b"\xff"])
+def test_a_damaged_count_is_named(tmp_path, count):
+    path = Path(stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8).filename)
+    whole = path.read_bytes()
+    path.rename(path.with_suffix(".part"))
+    path.with_suffix(".done").write_bytes(count)
+    with pytest.raises(InputError, match=r"\.done is damaged; got .*Remove this file"):
+        stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8)
+    path.with_suffix(".done").unlink()
+    assert Path(stored_vectors(tmp_path, TOWER, TEXTS, batch=4, chunk=8).filename).read_bytes() == whole
 
 
 # ---------------------------------------------------------------- in ScaNN

@@ -22,10 +22,12 @@ import tyro
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.model_folder import Model
 from jraggym.models.bert_encoder import BertEncoder, save_encoder
+from jraggym.models.critic import Critic
+from jraggym.models.encoders import guess
 from jraggym.models.lora import merge
 from jraggym.porting.hub import local_files
 from jraggym.porting.peft import read_adapters
-from jraggym.porting.pretrained import copy_adapters, export_model, open_model
+from jraggym.porting.pretrained import copy_adapters, export_model, open_model, read_config
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Arguments:
     base: str = ""
     """For adapters: the name of the exported starting model that they belong to."""
     merge: Path | None = None
-    """Folder of PEFT adapters to merge into an actor."""
+    """PEFT adapters to merge into an actor: a folder, or owner/repository@revision. Those of a critic make it one."""
     shard: float = 5.0
     """Gigabytes of one file of weights at most."""
     family: str | None = None
@@ -59,11 +61,15 @@ def run(arguments: Arguments) -> None:
     if arguments.out.exists() and not arguments.replace:
         raise InputError(f"{arguments.out} exists", got="no --replace", remedy="Name another folder, or add --replace.")
     kind = arguments.kind or _kind(local_files(arguments.model).folder)
+    if arguments.merge is not None and kind != "actor":
+        raise InputError("adapters are merged into actors", got=kind, remedy="Leave out --merge.")
     if kind == "adapters":
         copy_adapters(arguments.model, arguments.out, base=arguments.base)
     elif kind == "encoder":
         documents = arguments.documents and local_files(arguments.documents).folder
-        save_encoder(arguments.out, BertEncoder.load(local_files(arguments.model).folder, arguments.family, documents))
+        published = str(arguments.model).partition("@")[0]  # of the hub; a folder is named by its commit
+        family = arguments.family or (published if guess(published) else None)
+        save_encoder(arguments.out, BertEncoder.load(local_files(arguments.model).folder, family, documents))
     else:
         model = open_model(arguments.model, kind)
         if arguments.merge is not None:
@@ -76,17 +82,19 @@ def _kind(folder: Path) -> str:
     path = folder / "model.json"
     if path.is_file():
         return str(json.loads(path.read_text())["kind"])
-    path = folder / "config.json"
-    names = json.loads(path.read_text()).get("architectures") if path.is_file() else None
-    return "critic" if (names or [""])[0].endswith("ForSequenceClassification") else "actor"
+    names = read_config(folder).get("architectures") or [""]
+    return "critic" if str(names[0]).endswith("ForSequenceClassification") else "actor"
 
 
 def _merged(model: Model, folder: Path) -> Model:
-    if model.kind != "actor":
-        raise InputError("adapters are merged into actors", got=model.kind, remedy="Leave out --merge.")
-    found = read_adapters(folder, model.config)
-    weights = merge(model.weights, found.adapters, found.lora)
-    return dataclasses.replace(model, weights=weights, about={**model.about, "merged": str(folder)})
+    source = local_files(folder)
+    found = read_adapters(source.folder, model.config)
+    weights, about = merge(model.weights, found.adapters, found.lora), {**model.about, "merged": source.name}
+    if found.head is None:
+        return dataclasses.replace(model, weights=weights, about=about)
+    config = dataclasses.replace(model.config, tied=True)  # a critic has no unembedding
+    critic = Critic(dataclasses.replace(weights, unembed=None), found.head)
+    return Model("critic", config, model.tokenizer, critic, about)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import tyro
 
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.model_folder import Model, save_model
+from jraggym.models.architecture import RUNTIME
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.porting.pretrained import open_model
 from jraggym.recipes.quickstart import Workshop, train_tokenizer
@@ -169,11 +170,13 @@ def entry(experiments: Mapping[str, tuple[str, Any]], work: Callable) -> None:
 def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
     """Runs one experiment, and writes `out`/model and `out`/results.json."""
     console, out, kind = Console(), experiment.out, type(experiment).__name__
-    claim(out, {"kind": kind, **_plain(experiment)})
+    # First, so that a wrong name of a model does not claim the folder.
     start = None if experiment.model is None else open_model(experiment.model, "actor", experiment.devices.mesh())
+    claim(out, {"kind": kind, **_plain(experiment)})
     settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
     if start is not None:
-        settings = dataclasses.replace(settings, model=start.config)
+        running = {name: getattr(settings.model, name) for name in RUNTIME}
+        settings = dataclasses.replace(settings, model=dataclasses.replace(start.config, **running))
     with console.stage("world, indexes and tokenizer", experiment.dataset):
         shop = prepare(
             settings,

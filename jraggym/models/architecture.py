@@ -24,6 +24,7 @@ REMAT = {
 ATTENTION = ("xla", "splash", "cudnn")
 ACTIVATIONS = ("silu", "gelu_tanh")
 SCALINGS = ("none", "linear", "llama3")
+RUNTIME = ("dtype", "remat", "attention")  # fields of DecoderConfig about computing, not about the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _one_of(self, "kind", SCALINGS)
-        if self.factor <= 0 or self.low >= self.high or self.original < 1:
+        if not (self.factor > 0 and self.low < self.high and self.original >= 1):  # NaN is none of them
             remedy = "factor > 0, low < high and original >= 1 are needed."
             raise InputError("impossible rope_scaling", got=self, remedy=remedy)
 
@@ -91,14 +92,19 @@ class DecoderConfig:
                 got=f"{self.query_heads} and {self.kv_heads}",
                 remedy="Change one of them.",
             )
-        if self.head_dim % 2:
-            raise InputError("head_dim must be even", got=self.head_dim, remedy="Rotary positions turn pairs.")
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise InputError(
+                "head_dim must be even and positive", got=self.head_dim, remedy="Rotary positions turn pairs."
+            )
         for name, known in (("remat", tuple(REMAT)), ("attention", ATTENTION), ("activation", ACTIVATIONS)):
             _one_of(self, name, known)
         for name in ("query_scalar", "score_cap", "final_cap", "window", "local_rope_theta"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise InputError(f"{name} must be positive", got=value, remedy="None leaves it out.")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive", got=getattr(self, name), remedy="Is the record whole?")
         self._check_local()
 
     def _check_local(self) -> None:

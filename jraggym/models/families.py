@@ -15,8 +15,10 @@ from typing import Any
 
 from jraggym.errors import InputError
 from jraggym.models.architecture import DecoderConfig, RopeScaling
+from jraggym.models.config_values import LARGEST, ConfigValues
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+MOST_LAYERS = 9_999  # more are a damaged file
 
 
 @dataclass(frozen=True)
@@ -106,70 +108,65 @@ def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
 
     Raises InputError, with the key's name, for a family, a key or a value that this decoder does not compute.
     """
-    family = _family(values)
-    left = dict(values)
+    left = ConfigValues("config.json", values)
+    family = _family(left)
     for key, allowed in {**REQUIRED, **family.required}.items():
         if (value := left.pop(key, allowed[0])) not in allowed:
             remedy = f"This decoder computes {family.model_type} with {key} = {allowed[0]!r} only."
             raise InputError(f"config.json: {key} is not supported", got=repr(value), remedy=remedy)
-    if family.model_type == "llama":
-        left.setdefault("num_key_value_heads", None)  # its first files had none
-    if missing := [key for key in (*SIZES, "num_key_value_heads") if key not in left]:
+    missing = [key for key in SIZES if left.get(key) is None]
+    if "num_key_value_heads" not in left and family.model_type != "llama":  # whose first files had none
+        missing.append("num_key_value_heads")
+    if missing:
         raise InputError("config.json lacks a size", got=f"no {', '.join(missing)}", remedy="Is the file whole?")
-    for key in (*SIZES, "num_key_value_heads", "head_dim"):
-        size = left.get(key)
-        if not (isinstance(size, int) and size > 0) and not (size is None and key not in SIZES):
-            raise InputError(f"config.json: {key} is no size", got=repr(size), remedy="Write a positive integer.")
-
-    def take(key: str, default: Any = None) -> Any:
-        value = left.pop(key, None)
-        return default if value is None else value
-
-    said: dict[str, Any] = {**family.fixed, **{name: take(key) for key, name in SIZES.items()}}
-    said["kv_heads"] = take("num_key_value_heads", said["query_heads"])
-    said["head_dim"] = take("head_dim", family.head_dim or said["model"] // said["query_heads"])
-    said["norm_eps"] = take("rms_norm_eps", 1e-6)
-    said["tied"] = take("tie_word_embeddings", family.tied)
+    said: dict[str, Any] = dict(family.fixed)
+    for key, name in SIZES.items():
+        said[name] = left.integer(key, most=MOST_LAYERS if name == "layers" else LARGEST)
+    said["kv_heads"] = left.integer("num_key_value_heads", said["query_heads"])
+    said["head_dim"] = left.integer("head_dim", family.head_dim or said["model"] // said["query_heads"])
+    said["norm_eps"] = left.number("rms_norm_eps", 1e-6)
+    said["tied"] = left.flag("tie_word_embeddings", family.tied)
     if family.model_type == "llama":
-        said["qkv_bias"] = said["o_bias"] = take("attention_bias", False)
+        said["qkv_bias"] = said["o_bias"] = left.flag("attention_bias", False)
     if family.fixed.get("post_norms"):  # Gemma
-        said["query_scalar"] = float(take("query_pre_attn_scalar", 256))
+        said["query_scalar"] = left.number("query_pre_attn_scalar", 256.0)
         for (key, name), cap in zip(CAPS.items(), family.caps, strict=True):
-            said[name] = left.pop(key, cap)
+            said[name] = left.number(key, None if key in left else cap)  # null: no cap
     said |= _windows(family, left, said["layers"])
     said |= _rope(family, left, said)
-    unknown = sorted(left.keys() - HARMLESS - {"model_type", "architectures"})
-    if unknown := [key for key in unknown if left[key] is not None]:
+    if unknown := sorted(key for key in left.keys() - HARMLESS if left[key] is not None):
         got = ", ".join(f"{key} = {left[key]!r}" for key in unknown)
         remedy = f"Nothing in this decoder's {family.model_type} reads it; it might change the model."
         raise InputError("config.json: unknown settings", got=got, remedy=remedy)
     return DecoderConfig(**said)
 
 
-def _family(values: Mapping[str, Any]) -> Family:
-    known = {family.model_type: family for family in FAMILIES}
-    family = known.get(values.get("model_type", ""))
+def _family(left: ConfigValues) -> Family:
+    """Takes the keys that name the family out of `left`."""
+    found = left.pop("model_type", None)
+    family = next((family for family in FAMILIES if family.model_type == found), None)
     if family is None:
-        remedy = f"Use one of {', '.join(known)}."
-        raise InputError("config.json: unknown model_type", got=values.get("model_type"), remedy=remedy)
-    for name in values.get("architectures") or ():
+        remedy = f"Use one of {', '.join(family.model_type for family in FAMILIES)}."
+        raise InputError("config.json: unknown model_type", got=found, remedy=remedy)
+    for name in left.name_list("architectures") or ():
         if name not in family.architectures:
             remedy = f"Use one of {', '.join(family.architectures)}."
             raise InputError("config.json: architectures is not supported", got=name, remedy=remedy)
     return family
 
 
-def _windows(family: Family, left: dict[str, Any], layers: int) -> dict[str, Any]:
+def _windows(family: Family, left: ConfigValues, layers: int) -> dict[str, Any]:
     """The fields `window` and `local`; takes their keys out of `left`."""
-    listed = left.pop("layer_types", None)
-    window = left.pop("sliding_window", None if family.window == "none" else 4096)
+    listed = left.name_list("layer_types")
+    unsaid = None if family.window == "none" or "sliding_window" in left else 4096  # null: no window
+    window = left.integer("sliding_window", unsaid)
     late, pattern = 28, family.pattern
     if family.window == "late":
-        late = left.pop("max_window_layers", late)
-        window = window if left.pop("use_sliding_window", False) else None
+        late = left.integer("max_window_layers", late, least=0)
+        window = window if left.flag("use_sliding_window", False) else None
     if family.window == "listed":
-        found = [left.pop(key, None) for key in ("sliding_window_pattern", "_sliding_window_pattern")]
-        pattern = next((p for p in found if p), pattern)
+        pattern = left.integer("_sliding_window_pattern", pattern)
+        pattern = left.integer("sliding_window_pattern", pattern)
     if listed is None:
         local = {
             "none": lambda n: False,
@@ -194,23 +191,24 @@ def _windows(family: Family, left: dict[str, Any], layers: int) -> dict[str, Any
     return {"window": window, "local": None if all(flags) else flags} if any(flags) else {}
 
 
-def _rope(family: Family, left: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(family: Family, left: ConfigValues, said: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of rotary positions; takes their keys out of `left`."""
-    found, scaling = left.pop("rope_parameters", None) or {}, left.pop("rope_scaling", None) or {}
-    theta = left.pop("rope_theta", None) or family.thetas[0]
+    found, scaling = left.inner("rope_parameters"), left.inner("rope_scaling")
+    theta = left.number("rope_theta", family.thetas[0])
     if len(family.thetas) == 1:
-        theta, scaling = _rotation({"rope_theta": theta, **(scaling or found)})
-        return {"rope_theta": theta, "rope_scaling": scaling}
-    near = left.pop("rope_local_base_freq", None) or family.thetas[1]
+        theta, scaled = _rotation(scaling or found, theta)
+        return {"rope_theta": theta, "rope_scaling": scaled}
+    near = left.number("rope_local_base_freq", family.thetas[1])
     if unknown := found.keys() - {FULL, SLIDING}:
         remedy = f"Write one record for {FULL} and one for {SLIDING}."
         raise InputError("config.json: rope_parameters", got=", ".join(sorted(unknown)), remedy=remedy)
-    theta, scaling = _rotation({"rope_theta": theta, **(found.get(FULL) or {}), **scaling})
-    near, unscaled = _rotation({"rope_theta": near, **(found.get(SLIDING) or {})})
+    far = found.inner(FULL)
+    theta, scaled = _rotation(ConfigValues((scaling or far).name, {**far, **scaling}), theta)
+    near, unscaled = _rotation(found.inner(SLIDING), near)
     if unscaled != RopeScaling():
         remedy = "Only global layers can have one."
         raise InputError("config.json: rope_parameters: scaling of local layers", got=unscaled.kind, remedy=remedy)
-    return {"rope_theta": theta, "rope_scaling": scaling} | ({"local_rope_theta": near} if "window" in said else {})
+    return {"rope_theta": theta, "rope_scaling": scaled} | ({"local_rope_theta": near} if "window" in said else {})
 
 
 ROTATION = {  # rope_type -> key -> field of RopeScaling
@@ -223,24 +221,24 @@ ROTATION = {  # rope_type -> key -> field of RopeScaling
 }  # fmt: skip
 
 
-def _rotation(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    left = dict(values)
+def _rotation(left: ConfigValues, theta: float) -> tuple[float, RopeScaling]:
+    """Takes all keys out of `left`; `theta` is what holds where it has none."""
+    theta = left.number("rope_theta", theta)
     old = left.pop("type", "default")
-    kind, theta = left.pop("rope_type", old), float(left.pop("rope_theta"))
-    if kind not in ROTATION:
+    kind = left.pop("rope_type", old)
+    if kind not in list(ROTATION):  # a list: what JSON says may have no hash
         remedy = f"Use one of {', '.join(ROTATION)}."
-        raise InputError("config.json: rope_type is not supported", got=kind, remedy=remedy)
-    if left.pop("partial_rotary_factor", 1) not in (1, None):
-        got = values["partial_rotary_factor"]
-        raise InputError("config.json: partial_rotary_factor is not supported", got=got, remedy="It must be 1.")
+        raise InputError(f"{left.name}: rope_type is not supported", got=kind, remedy=remedy)
+    if (part := left.pop("partial_rotary_factor", 1)) not in (1, None):
+        raise InputError(f"{left.name}: partial_rotary_factor is not supported", got=part, remedy="It must be 1.")
     keys = ROTATION[kind]
-    if missing := keys.keys() - left.keys():
+    if missing := [key for key in keys if left.get(key) is None]:
         got = f"no {', '.join(sorted(missing))}"
-        raise InputError(f"config.json: {kind} rotation lacks a key", got=got, remedy="Add it.")
+        raise InputError(f"{left.name}: {kind} rotation lacks a key", got=got, remedy="Add it.")
     if unknown := left.keys() - keys.keys():
         got = ", ".join(sorted(unknown))
-        raise InputError(f"config.json: {kind} rotation with unknown keys", got=got, remedy="Leave them out.")
-    said = {name: left[key] for key, name in keys.items()}
+        raise InputError(f"{left.name}: {kind} rotation with unknown keys", got=got, remedy="Leave them out.")
+    said = {name: left.integer(key) if name == "original" else left.number(key) for key, name in keys.items()}
     return theta, RopeScaling("none" if kind == "default" else kind, **said)
 
 

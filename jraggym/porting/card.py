@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _PACKAGES = ("jax", "flax", "optax", "transformers")
 _CARD = """\
 ---
@@ -41,14 +43,12 @@ _WHAT = {
     "critic": "A process reward model: the score of a prompt followed by one action, read at its last token.",
     "adapters": "LoRA adapters of a search agent's policy.",
     "critic adapters": "LoRA adapters and score head of a process reward model.",
-    "encoder": "A sentence encoder for retrieval.",
 }
 _CODE = {
     "actor": "AutoModelForCausalLM.from_pretrained(folder)",
     "critic": "AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)",
     "adapters": "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)",
     "critic adapters": "PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder)",
-    "encoder": "SentenceTransformer(folder)",
 }
 
 
@@ -58,11 +58,11 @@ def write_card(folder: Path, kind: str, about: Mapping[str, Any], *, base: str =
     facts = {**about, "made with": ", ".join(f"{name} {version}" for name, version in versions.items())}
     shown = {name: _plain(value) for name, value in facts.items()}
     card = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    library = {"encoder": "sentence-transformers"}.get(kind, "peft" if "adapters" in kind else "transformers")
+    library = "peft" if "adapters" in kind else "transformers"
     text = card.render(
         kind=kind,
         library=library,
-        base=base,
+        base=base if _HUB.fullmatch(base) else "",  # the hub takes no local path
         title=f"A jraggym {kind}",
         what=_WHAT[kind],
         code=_CODE[kind],

@@ -13,6 +13,7 @@ from jraggym.errors import InputError
 
 # Weights, configurations and tokenizers; no code of the repository, and no weights in formats that execute code.
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
+LEFT = ("consolidated*", "original/*", "onnx/*", "openvino/*")  # the same weights once more
 _NAME = re.compile(r"[\w.-]+/[\w.-]+@[\w./-]+")
 
 
@@ -21,14 +22,15 @@ class Source:
     """A model's files, and where they come from."""
 
     folder: Path
-    name: str  # as it was asked for
+    name: str  # the folder, or owner/repository@commit
 
 
 def local_files(name: str | Path) -> Source:
     """The files of a folder, or of `owner/repository@revision` on the hub, downloaded once (huggingface_hub's cache).
 
-    A revision is a commit or a tag: without one, two runs of the same command could train different models. A private
-    repository's token is taken from the environment (HF_TOKEN) or from `hf auth login`.
+    A revision is a commit, a tag or a branch, and the commit is kept in the name: without one, two runs of the same
+    command could train different models. The token for a private repository comes from the environment (HF_TOKEN) or
+    from `hf auth login`.
 
     Raises InputError when there is no such folder, no revision, or the hub cannot give it.
     """
@@ -40,8 +42,9 @@ def local_files(name: str | Path) -> Source:
         raise InputError("no such model", got=str(name), remedy=remedy)
     repository, revision = str(name).split("@")
     try:
-        found = snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+        found = snapshot_download(repository, revision=revision, allow_patterns=list(FILES), ignore_patterns=list(LEFT))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         remedy = "Look at the name, the revision, the network, and HF_TOKEN for a private repository."
-        raise InputError(f"the hub does not give {name}", got=error, remedy=remedy) from error
-    return Source(Path(found), str(name))
+        got = str(error).strip().partition("\n")[0]
+        raise InputError(f"the hub does not give {name}", got=got, remedy=remedy) from error
+    return Source(Path(found), f"{repository}@{Path(found).name}")

@@ -37,8 +37,13 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "alora_invocation_tokens": (None,),
     "megatron_config": (None,),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base, too
 }
+_READ = frozenset(
+    "r lora_alpha lora_dropout use_rslora task_type modules_to_save target_modules exclude_modules inference_mode "
+    "base_model_name_or_path revision auto_mapping peft_version megatron_core qalora_group_size eva_config "
+    "ensure_weight_tying".split()
+)
 
 
 class PeftAdapters(NamedTuple):
@@ -83,13 +88,16 @@ def read_adapters(folder: str | Path, config: DecoderConfig, *, mesh: Mesh | Non
 def write_adapters(
     folder: str | Path, found: PeftAdapters, config: DecoderConfig, *, base: str, dtype: str = "float32"
 ) -> None:
-    """Writes what `PeftModel.from_pretrained(base_model, folder)` reads; `base` names the model that it belongs to."""
+    """Writes what `PeftModel.from_pretrained(base_model, folder)` reads.
+
+    `base` names the model that the adapters belong to: a folder, or owner/repository@revision.
+    """
     own = vars(tensor_names(config).layers)
     modules = sorted({own[leaf].name.split(".")[-2] for leaf in found.lora.leaves})
     settings = {
         "peft_type": "LORA",
         "task_type": TASKS["actor" if found.head is None else "critic"],
-        "base_model_name_or_path": base,
+        **base_of(base),
         "r": found.lora.rank,
         "lora_alpha": found.lora.alpha,
         "lora_dropout": found.lora.dropout,
@@ -110,6 +118,12 @@ def write_adapters(
         (building / CONFIG).write_text(json.dumps(settings, indent=1))
 
 
+def base_of(name: str) -> dict[str, str | None]:
+    """The settings by which PEFT finds the base model again."""
+    repository, _, revision = name.partition("@")
+    return {"base_model_name_or_path": repository, "revision": revision or None}
+
+
 def _names(config: DecoderConfig, lora: Lora) -> dict[str, dict[str, TensorName]]:
     own = vars(tensor_names(config).layers)
     return {leaf: _pair(own[leaf]) for leaf in lora.leaves}
@@ -126,8 +140,11 @@ def _settings(path: Path) -> dict[str, Any]:
         int(settings["r"]), float(settings["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path}", got=error, remedy="Name a folder that PEFT wrote.") from error
-    for name, known in _REQUIRED.items():
-        if settings.get(name, known[0]) not in known:
-            remedy = f"Use {' or '.join(map(repr, known))}, or merge the adapters with PEFT first."
-            raise InputError(f"{path}: this {name} is not supported", got=repr(settings[name]), remedy=remedy)
+    saved = settings.get("modules_to_save") or []
+    allowed = {name: settings.get(name, known[0]) in known for name, known in _REQUIRED.items()}
+    allowed["modules_to_save"] = isinstance(saved, list) and {*map(str, saved)} <= {"score", "classifier"}
+    for name, value in settings.items():  # what is not known is off, or refused
+        if not allowed.get(name, name in _READ or not value):
+            remedy = "Merge the adapters with PEFT first."
+            raise InputError(f"{path}: this {name} is not supported", got=repr(value), remedy=remedy)
     return settings

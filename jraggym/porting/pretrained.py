@@ -22,7 +22,7 @@ from jraggym.models.families import FAMILIES, decoder_config, family_config
 from jraggym.models.tensor_names import TensorName, portable, tensor_names
 from jraggym.porting.card import write_card
 from jraggym.porting.hub import local_files
-from jraggym.porting.peft import CONFIG, TASKS
+from jraggym.porting.peft import CONFIG, TASKS, base_of
 from jraggym.porting.reading import Checkpoint, read_weights
 from jraggym.porting.writing import SHARD_BYTES, write_weights
 from jraggym.text.actions import STOPS
@@ -50,14 +50,14 @@ def open_model(name: str | Path, kind: str, mesh: Mesh | None = None) -> Model:
     return load_pretrained(name, kind, mesh=mesh)
 
 
-def load_pretrained(name: str | Path, kind: str, *, mesh: Mesh | None = None, dtype: str | None = "float32") -> Model:
+def load_pretrained(name: str | Path, kind: str, *, mesh: Mesh | None = None, dtype: str = "float32") -> Model:
     """An actor (a causal language model) or a critic (a sequence classifier with one label), on `mesh` if given.
 
-    Args: name: a folder, or owner/repository@revision on the hub; dtype: of the weights, None as they are on disk.
+    Args: name: a folder, or owner/repository@revision on the hub; dtype: of the weights.
     Raises InputError for a model that is not there, not of this kind or not supported, and for tensors that do not fit.
     """
     source = local_files(name)
-    values = _config(source.folder)
+    values = read_config(source.folder)
     config, table, names = _plan(decoder_config(values), kind, values)
     checkpoint = Checkpoint.open(source.folder)
     unused = [tensor for tensor in checkpoint.shapes if tensor.endswith("rotary_emb.inv_freq")]
@@ -68,14 +68,16 @@ def load_pretrained(name: str | Path, kind: str, *, mesh: Mesh | None = None, dt
     tokenizer: Any = (
         SentencePieceTokenizer.load(pieces) if pieces.is_file() else HuggingFaceTokenizer.load(source.folder)
     )
-    if tokenizer.vocab_size > config.vocab:
+    fits = tokenizer.fits if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.vocab_size.__le__
+    if not fits(config.vocab):
         got = f"{tokenizer.vocab_size} tokens for {config.vocab} rows"
         raise InputError(f"the tokenizer of {name} has more tokens than the model", got=got, remedy="Use its own one.")
     about = {"source": source.name, "config": {key: values[key] for key in KEPT if values.get(key) is not None}}
     return Model(kind, config, tokenizer, weights, about)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a folder's config.json; raises InputError when there is none."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -123,14 +125,15 @@ def export_model(model: Model, folder: str | Path, *, dtype: str = "float32", li
         weights = Critic(dataclasses.replace(trunk, unembed=None), model.weights.head)
         table, names = critic_specs(config), Critic(tensor_names(config), _HEAD)
     with whole_folder(folder) as building:
-        write_weights(building, weights, table, names, dtype=dtype, limit=limit)
         _write_configs(building, model, config, dtype)
+        write_weights(building, weights, table, names, dtype=dtype, limit=limit)
         if isinstance(model.tokenizer, SentencePieceTokenizer):
             huggingface_files(model.tokenizer, building)
             (building / PIECES).write_bytes(model.tokenizer.model)
         else:
             model.tokenizer.save(building)
         write_card(building, model.kind, model.about)
+        (building / "generation_config.json").unlink(missing_ok=True) if model.kind == "critic" else None
 
 
 def _write_configs(folder: Path, model: Model, config: DecoderConfig, dtype: str) -> None:
@@ -162,12 +165,19 @@ def copy_adapters(model: str | Path, folder: str | Path, *, base: str = "") -> N
     if not settings.is_file():
         remedy = "Train with --lora.rank 16."
         raise InputError(f"{model} was not trained by adapters", got=f"no {settings}", remedy=remedy)
-    found = json.loads(settings.read_text())
-    about = json.loads((Path(model) / "model.json").read_text())["about"]
+    found, described = json.loads(settings.read_text()), json.loads((Path(model) / "model.json").read_text())
+    about = described["about"]
+    if described["likelihood"]:
+        remedy = "Train it with --no-likelihood."
+        raise InputError("a critic that counts likelihoods has no counterpart in PEFT", got=str(model), remedy=remedy)
+    if base:
+        found |= base_of(base)
+    elif (Path(found["base_model_name_or_path"]) / "model.json").is_file():
+        remedy = "Export it first, and name what you get: --base FOLDER."
+        got = found["base_model_name_or_path"]
+        raise InputError("the adapters' base is no Hugging Face model", got=got, remedy=remedy)
     with whole_folder(folder) as building:
         shutil.copytree(source, building, dirs_exist_ok=True)
-        if base:
-            found["base_model_name_or_path"] = base
-            (building / CONFIG).write_text(json.dumps(found, indent=1))
+        (building / CONFIG).write_text(json.dumps(found, indent=1))
         kind = "adapters" if found["task_type"] == TASKS["actor"] else "critic adapters"
         write_card(building, kind, about, base=found["base_model_name_or_path"])

@@ -61,14 +61,14 @@ def read_weights(
     names: Any,
     *,
     mesh: Mesh | None = None,
-    dtype: str | None = "float32",
+    dtype: str = "float32",
     unused: Iterable[str] = (),
 ) -> Any:
     """Fills a tree of `Spec` from a checkpoint, straight into the table's sharding on `mesh`.
 
     Args:
       names: a tree like `table` whose leaves are `TensorName`s.
-      dtype: of the result; None keeps what each tensor has on disk.
+      dtype: of the result.
       unused: names that may be in the checkpoint and are not read.
 
     Raises InputError that lists missing, unexpected and mis-shaped tensors, each with both sides.
@@ -91,6 +91,8 @@ def _files(folder: Path, single: str) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"cannot read {index}", got=error, remedy="Copy the folder again.") from error
+    if elsewhere := [str(name) for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise InputError(f"{index} leads out of its folder", got=_some(elsewhere), remedy="Do not use it.")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"{index} names missing files", got=_some(missing), remedy="Copy the folder again.")
     return [folder / name for name in names]
@@ -120,9 +122,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _read(checkpoint: Checkpoint, piece: Piece, mesh: Mesh | None, dtype: str | None) -> Array:
+def _read(checkpoint: Checkpoint, piece: Piece, mesh: Mesh | None, dtype: str) -> Array:
     """One leaf, layer by layer: each lands on its devices and is stacked there before the next is read."""
-    kind = jnp.dtype(dtype or checkpoint.dtypes[piece.names[0]])
+    kind = jnp.dtype(dtype)
     whole: Any = SingleDeviceSharding(jax.local_devices()[0])
     incoming = whole
     if mesh is not None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from jraggym.errors import InputError
 from jraggym.porting.pieces import Piece, pieces
 from jraggym.porting.reading import INDEX, SINGLE
 
@@ -47,5 +48,8 @@ def write_weights(
 
 
 def _tensor(piece: Piece, leaf: Any, layer: int, dtype: str) -> np.ndarray:
-    own = leaf[layer] if piece.stacked else leaf
-    return np.ascontiguousarray(jax.device_get(piece.theirs(jnp.asarray(own)).astype(dtype)))
+    own = jnp.asarray(leaf[layer] if piece.stacked else leaf)
+    found = np.ascontiguousarray(jax.device_get(piece.theirs(own).astype(dtype)))
+    if dtype == "float16" and not np.isfinite(found).all() and np.isfinite(own).all():
+        raise InputError(f"{piece.names[layer]} does not fit float16", got="infinity", remedy="Use bfloat16.")
+    return found

@@ -20,6 +20,7 @@ from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
 from jraggym.gathering import Gatherer
 from jraggym.model_folder import Model
+from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import init
 from jraggym.models.lora import lora_specs
@@ -30,6 +31,7 @@ from jraggym.recipes.quickstart import Workshop
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.sharding import place, shardings
+from jraggym.text.chat import INSTRUCTION
 from jraggym.training import Optimization
 
 REWARDS = ("process", "critic", "outcome", "steps")
@@ -136,9 +138,20 @@ def _check(experiment: Grpo | Ppo) -> None:
 def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
     if folder is None:
         return None
-    critic = open_model(folder, "critic").weights
+    found = open_model(folder, "critic")
+    _same_words(found, shop)
+    critic = found.weights
     table = critic_specs(shop.config, likelihood=critic.likelihood is not None)
     return critic if ready.mesh is None else place(critic, shardings(table, ready.mesh))
+
+
+def _same_words(critic: Model, shop: Workshop) -> None:
+    """A critic reads the actor's tokens, and is run under the actor's configuration."""
+    free = {name: getattr(shop.config, name) for name in ("tied", *RUNTIME)}
+    fits = dataclasses.replace(critic.config, **free) == shop.config
+    if not fits or critic.tokenizer.encode([INSTRUCTION]) != shop.tokenizer.encode([INSTRUCTION]):
+        remedy = "Train it from the same actor with train.critic."
+        raise InputError("the critic is of another kind of model than the actor", got=critic.config, remedy=remedy)
 
 
 def _value(shop: Workshop, ready: Placed) -> Critic:

@@ -45,7 +45,7 @@ def stored_vectors(
     Without `progress`, which is told the number of texts done, a bar shows on stderr.
 
     Raises:
-      InputError: when there is no text, or the folder cannot be written.
+      InputError: when there is no text, the folder cannot be written, or a file there is damaged; it is left as it is.
     """
     if not len(texts):
         raise InputError("there is no text to embed", got="0 texts", remedy="Give at least one document.")
@@ -54,7 +54,7 @@ def stored_vectors(
         if not final.exists():
             final.parent.mkdir(parents=True, exist_ok=True)
             _write(final, tower, texts, batch, progress, mesh, chunk)
-        return np.load(final, mmap_mode="r")
+        return _mapped(final, (len(texts), tower.dim))
     except OSError as error:
         raise InputError(f"cannot keep vectors in {folder}", got=error, remedy="Give a folder with room.") from error
 
@@ -90,6 +90,38 @@ def _write(final: Path, tower: Tower, texts, batch, progress, mesh, chunk: int) 
 def _open(part: Path, done: Path, shape: tuple[int, int]) -> tuple[np.memmap, int]:
     """The file to fill and how many of its rows are there."""
     if part.exists() and done.exists():
-        return np.lib.format.open_memmap(part, mode="r+"), int(done.read_text())
+        _mapped(part, shape)  # as "r+" would silently lengthen a short file
+        return np.lib.format.open_memmap(part, mode="r+"), _rows(done, shape[0])
     done.unlink(missing_ok=True)  # of a file that is gone
     return np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape), 0
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """The vectors in a file, to be read; float32 of this shape, or an InputError."""
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+        size = found.offset + found.nbytes
+        if found.dtype != np.float32 or found.shape != shape or not found.flags.c_contiguous:
+            raise ValueError(f"{found.dtype} {list(found.shape)} instead of float32 {list(shape)}")
+        if (bytes_there := path.stat().st_size) != size:
+            raise ValueError(f"{bytes_there} bytes instead of {size}")
+        return found
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header with Python's own parser, which has many of them
+        raise _damaged(path, error) from error
+
+
+def _rows(done: Path, most: int) -> int:
+    try:
+        rows = int(done.read_text())
+        if not 0 <= rows <= most:
+            raise ValueError(f"{rows} rows of {most}")
+        return rows
+    except ValueError as error:
+        raise _damaged(done, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    remedy = "Remove this file, and the texts are embedded again."
+    return InputError(f"{path} is damaged", got=f"{type(error).__name__}: {error}", remedy=remedy)

@@ -69,12 +69,16 @@ class Codec:
         """The ids of the rendered state, at most `max_prompt` long.
 
         A longer one loses whole segments after the question, oldest first; the question and what came
-        last stay.
+        last stay. Raises InputError where a chat's template and the question alone are longer.
         """
         question, *later = render(state, self.max_turns)
         ids = self.prompt_ids([question, *later])
-        while len(ids) > self.max_prompt and len(later) > 1:
+        least = 1 if self.appends or later[-1:] == [FINISH] else 0  # a chat cannot be cut, but its last document can go
+        while len(ids) > self.max_prompt and len(later) > least:
             ids = self.prompt_ids([question, *(later := later[1:])])
+        if len(ids) > self.max_prompt and not self.appends:
+            remedy = "Raise --settings.max-prompt, and with it --settings.edges or --schedule.prompt."
+            raise InputError("a chat does not fit max_prompt", got=f"{len(ids)} > {self.max_prompt}", remedy=remedy)
         return ids[-self.max_prompt :]
 
     def row(self, state: State, actions: Sequence[str], rewards: Sequence[float | None]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,16 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import sentencepiece
 import transformers
-from jinja2 import TemplateError
 
 from jraggym.errors import InputError
 from jraggym.text.tokenizer import np_rows
 
-# what a tokenizer's repository may hold of it; neither weights nor code
-FILES = ("*token*.json", "*config.json", "chat_template*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+# Llama's templates say today's date, unless they are told one; this is what they fall back to without a clock.
+DATE = "26 Jul 2024"
 PROBES = ("The birthplace of an author", "two  spaces ", "Łódź 日本")
 
 
@@ -27,19 +26,19 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: Any, stops: Sequence[int] = (), options: Mapping[str, Any] | None = None):
         """`stops`: ids at which generation ends, else the tokenizer's own; `options`: what the chat template takes
-        beside the messages (`enable_thinking` of Qwen3, `date_string` of Llama 3)."""
-        self._tokenizer, self._options = tokenizer, dict(options or {})
+        beside the messages (`enable_thinking` of Qwen3; `date_string` of Llama 3, which is DATE unless told)."""
+        self._tokenizer, self._options = tokenizer, {"date_string": DATE, **(options or {})}
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._stops = tuple(stops) or tuple(own)
         self._vocab: dict[str, int] = tokenizer.get_vocab()
 
     @classmethod
-    def load(cls, name: str | Path, revision: str | None = None, **options: Any) -> HuggingFaceTokenizer:
-        """Reads a local folder, or a hub name at a revision; no code of a repository is ever run.
+    def load(cls, folder: str | Path, **options: Any) -> HuggingFaceTokenizer:
+        """Reads a folder (see porting/hub.py for the hub); no code that lies there is ever run.
 
         Raises InputError when files are missing or damaged, or when SentencePiece reads them otherwise.
         """
-        folder = _folder(name, revision)
+        name, folder = folder, Path(folder)
         try:
             kind = _kind(folder)
             found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -56,11 +55,20 @@ class HuggingFaceTokenizer:
         return cls(found, stops, options)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files and its chat template, from which `load` and AutoTokenizer give the same ids.
+        """Writes the tokenizer's files, its chat template, and generation_config.json with the ids that end a turn.
 
-        The stops belong into the model's own generation_config.json: `end_ids`, as its eos_token_id.
+        `load` gives the same tokenizer from them, and AutoTokenizer the same ids.
         """
-        self._tokenizer.save_pretrained(folder)
+        copied = copy.deepcopy(self._tokenizer)
+        copied.pad_token = copied.convert_ids_to_tokens(self.pad_id)
+        copied.save_pretrained(folder)
+        generation = {"eos_token_id": list(self._ends), "pad_token_id": self.pad_id}
+        (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+    def fits(self, rows: int) -> bool:
+        """Does an embedding table of so many rows hold all tokens but special ones? (Gemma 3 has some for images.)"""
+        special = {self._vocab[token] for token in self._special}
+        return all(i < rows or i in special for i in self._vocab.values())
 
     @property
     def vocab_size(self) -> int:
@@ -69,9 +77,13 @@ class HuggingFaceTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The padding token, else the first stop, else 0: padding is masked, so any id of the vocabulary will do."""
-        pad = self._tokenizer.pad_token_id
-        return next((i for i in (pad, *self._stops) if i is not None), 0)
+        """The padding token, or another special one: never the id that ends an action.
+
+        A classifier of transformers reads the last token that is not padding, and that is the end of the action.
+        """
+        of, end = self._tokenizer, self._ends[:1]
+        known = (of.pad_token_id, of.unk_token_id, of.bos_token_id, *self._ends[1:])
+        return next((i for i in known if i is not None and i not in end), 0)
 
     def token_id(self, piece: str) -> int:
         """The id of a token; KeyError when there is none."""
@@ -99,8 +111,8 @@ class HuggingFaceTokenizer:
             return self._tokenizer.apply_chat_template(
                 list(messages), tokenize=True, add_generation_prompt=generation, return_dict=False, **self._options
             )
-        except TemplateError as error:
-            got = f"{error} for the roles {', '.join(m['role'] for m in messages)}"
+        except Exception as error:  # a template is a program, and fails as it likes
+            got = f"{type(error).__name__}: {error}, for the roles {', '.join(m['role'] for m in messages)}"
             raise InputError("the chat template refuses the messages", got=got, remedy="Use other roles.") from error
 
     @cached_property
@@ -121,12 +133,15 @@ class HuggingFaceTokenizer:
 
         Raises InputError when there is none.
         """
-        closing = [] if self._tokenizer.chat_template is None else self._closing()
-        ids = tuple(dict.fromkeys((*closing[:1], *self._stops)))
-        if not ids:
+        if not (ids := self._ends):
             remedy = "Add eos_token_id to generation_config.json."
             raise InputError("no token ends a turn", got=self._tokenizer.name_or_path, remedy=remedy)
         return ids
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        closing = [] if self._tokenizer.chat_template is None else self._closing()
+        return tuple(dict.fromkeys((*closing[:1], *self._stops)))
 
     def _closing(self) -> list[int]:
         """The special ids that the chat template writes behind an assistant's text."""
@@ -141,7 +156,10 @@ class HuggingFaceTokenizer:
         return [i for i in said[0][len(said[0]) - after :] if i in special]
 
     def defuse(self, text: str) -> str:
-        """Breaks up special tokens in text from outside with a space: it can neither end a turn nor begin one."""
+        """Breaks up special tokens in text from outside with a space, so that it cannot end a turn by one.
+
+        Where a family marks its turns by plain text ("[INST]" of the first Mistrals), that text stays as it is.
+        """
         return self._special_pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
 
     @cached_property
@@ -153,20 +171,6 @@ class HuggingFaceTokenizer:
     def _special_pattern(self) -> re.Pattern[str]:
         longest_first = sorted((token for token in self._special if len(token) > 1), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _folder(name: str | Path, revision: str | None) -> Path:
-    """The local folder of a tokenizer; of a hub name it is fetched (huggingface_hub takes the token from HF_TOKEN)."""
-    if Path(name).is_dir():
-        return Path(name)
-    if revision is None:
-        remedy = "Name a folder, or a hub name with its revision."
-        raise InputError("there is no such tokenizer", got=f"{name} without a revision", remedy=remedy)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # of the network, of the hub, of the disk
-        remedy = "Check the name, the revision, the network and HF_TOKEN."
-        raise InputError(f"cannot fetch {name} at {revision}", got=error, remedy=remedy) from error
 
 
 def _pieces_only(folder: Path) -> bool:
