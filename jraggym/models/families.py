@@ -196,8 +196,11 @@ def _rope(family: Family, left: ConfigValues, said: Mapping[str, Any]) -> dict[s
     found, scaling = left.inner("rope_parameters"), left.inner("rope_scaling")
     theta = left.number("rope_theta", family.thetas[0])
     if len(family.thetas) == 1:
-        theta, scaled = _rotation(scaling or found, theta)
-        return {"rope_theta": theta, "rope_scaling": scaled}
+        each = [_rotation(said, theta) for said in (scaling, found) if said] or [(theta, RopeScaling())]
+        if len({scaled for _, scaled in each}) > 1:
+            got = "rope_scaling beside rope_parameters"
+            raise InputError("config.json: two rotations that differ", got=got, remedy="Leave one out.")
+        return {"rope_theta": each[-1][0], "rope_scaling": each[-1][1]}
     near = left.number("rope_local_base_freq", family.thetas[1])
     if unknown := found.keys() - {FULL, SLIDING}:
         remedy = f"Write one record for {FULL} and one for {SLIDING}."
