@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models import auto
 
 from jraggym.models.decoder import Decoder, DecoderConfig, Layer, specs
@@ -120,3 +121,12 @@ def until_layer(weights: Decoder, count: int) -> Decoder:
     layers: Layer = weights.layers
     bias = None if layers.o_bias is None else silent(layers.o_bias)
     return weights.replace(layers=layers.replace(o=silent(layers.o), o_bias=bias, down=silent(layers.down)))
+
+
+def write_letters(path):
+    """A folder's tokenizer: single letters, fewer than the samples have rows."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/"
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end).save_pretrained(path)

@@ -409,7 +409,7 @@ NO_INTEGER, NO_OBJECT = "must be an integer from 1 to", "must be an object"
         ("gemma3", "rope_parameters", {"full_attention": 3}, f"rope_parameters: full_attention {NO_OBJECT}; got 3"),
         ("llama", "rope_scaling", {"type": "linear", "factor": "8"}, f"rope_scaling: factor {NO_NUMBER}; got '8'"),
         ("llama", "rope_scaling", {"type": "linear", "factor": NAN}, f"rope_scaling: factor {NO_NUMBER}; got nan"),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "two rotations that differ; got rope_scaling beside"),
+        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "two rotations that differ; got rope_scaling"),
         ("llama", "rope_scaling", {"rope_type": []}, "rope_scaling: rope_type is not supported; got []"),
         ("llama", "rope_scaling", {"rope_theta": "x"}, f"rope_scaling: rope_theta {NO_NUMBER}; got 'x'"),
         ("llama", "rope_scaling", {**LLAMA3, "original_max_position_embeddings": None},

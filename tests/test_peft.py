@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from array_samples import worst_difference
-from hf_samples import from_state, sample_model
+from hf_samples import from_state, sample_model, write_letters
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from jraggym.errors import InputError
@@ -19,6 +19,7 @@ from jraggym.models.decoder import branch_forward, init, prefix_forward, unembed
 from jraggym.models.lora import Lora, adapt, lora_specs, merge
 from jraggym.porting.peft import CONFIG, PeftAdapters, read_adapters, write_adapters
 from jraggym.sharding import make_mesh
+from train.export import Arguments, run
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -119,6 +120,23 @@ def test_adapters_of_a_critic_bring_their_score_head(tmp_path):
     again.model.load_state_dict(model.model.state_dict())
     served = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
     np.testing.assert_allclose(theirs(served)[:, 0], expected, atol=1e-5)
+
+
+def test_adapters_of_a_critic_make_an_actor_a_critic(tmp_path):
+    model, config, _ = sample_model("llama3")
+    model.save_pretrained(tmp_path / "base")
+    write_letters(tmp_path / "base")
+    lora = Lora(rank=2, alpha=3.0, leaves=("q", "v"))
+    head = 0.1 * np.arange(config.model, dtype=np.float32)
+    found = PeftAdapters(lora, random(lora_specs(config, lora)), head)
+    write_adapters(tmp_path / "adapters", found, config, base=str(tmp_path / "base"))
+    run(Arguments(tmp_path / "base", tmp_path / "critic", merge=tmp_path / "adapters"))
+    served = theirs(AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").eval())[:, 0]
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=0)
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "adapters").eval()
+    np.testing.assert_allclose(served, theirs(wrapped)[:, 0], atol=1e-4)
+    with pytest.raises(InputError, match="merged into actors; got critic"):
+        run(Arguments(tmp_path / "critic", tmp_path / "again", merge=tmp_path / "adapters"))
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,13 @@ import pytest
 import torch
 from array_samples import worst_difference
 from chat_families import write_family
-from hf_samples import FAMILIES, hf_model, sample_model
+from hf_samples import FAMILIES, hf_model, sample_model, write_letters
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 
 from jraggym.errors import InputError
@@ -68,15 +66,6 @@ def folder_of(name, path, dtype, **options):
     return path
 
 
-def words(path):
-    """A folder's tokenizer: single letters, fewer than the samples have rows."""
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/"
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end).save_pretrained(path)
-
-
 def state_of(path):
     return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
@@ -95,7 +84,7 @@ def same_bits(left, right):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_comes_in_and_goes_out_bit_for_bit(name, dtype, tmp_path):
     source = folder_of(name, tmp_path / "in", dtype, max_shard_size="20KB")
-    words(source)
+    write_letters(source)
     assert len(list(source.glob("*.safetensors"))) > 1, "the sample is to be sharded"
     model = load_pretrained(source, "actor")
     _, config, expected = sample_model(name)
@@ -152,7 +141,7 @@ def test_the_host_holds_one_tensor_at_a_time(mesh, tmp_path):
 
 def test_names_are_all_accounted_for(tmp_path):
     source = folder_of("llama3", tmp_path / "in", "float32")
-    words(source)
+    write_letters(source)
     file = source / "model.safetensors"
     state = load_file(file)
     whole = dict(state)
@@ -187,7 +176,7 @@ def test_names_are_all_accounted_for(tmp_path):
 )
 def test_broken_folders_are_refused_by_name(spoil, message, tmp_path):
     source = folder_of("llama", tmp_path / "in", "float32")
-    words(source)
+    write_letters(source)
     spoil(source)
     with pytest.raises(InputError, match=message):
         load_pretrained(source, "actor")
@@ -195,7 +184,7 @@ def test_broken_folders_are_refused_by_name(spoil, message, tmp_path):
 
 def test_kinds_and_sizes_must_fit(tmp_path, tiny):
     source = folder_of("llama", tmp_path / "in", "float32")
-    words(source)
+    write_letters(source)
     with pytest.raises(InputError, match="this model is no critic; got LlamaForCausalLM"):
         load_pretrained(source, "critic")
     with pytest.raises(InputError, match=r"no such model; got nowhere.*owner/repository@commit"):
@@ -254,7 +243,7 @@ def test_a_critic_scores_the_same_in_torch(name, tiny, tmp_path):
         config, trunk, tokenizer = tiny.config, tiny.weights, tiny.tokenizer
     else:
         _, config, trunk = sample_model(name)
-        words(tmp_path / "words")
+        write_letters(tmp_path / "words")
         (tmp_path / "words" / "config.json").write_text(json.dumps({"model_type": "llama"}))
         tokenizer = HuggingFaceTokenizer.load(tmp_path / "words")
     weights = dataclasses.replace(init(critic_specs(config), jax.random.key(1)), trunk=trunk)
@@ -326,7 +315,7 @@ def test_what_float16_cannot_hold_is_named(tiny, tmp_path):
 
 def test_a_model_folder_keeps_a_tokenizer_of_hugging_face(tmp_path):
     source = folder_of("qwen2", tmp_path / "in", "float32")
-    words(source)
+    write_letters(source)
     model = load_pretrained(source, "actor")
     save_model(tmp_path / "ours", model)
     again = load_model(tmp_path / "ours", "actor", make_mesh(2, 2, 1))
