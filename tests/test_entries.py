@@ -184,7 +184,7 @@ def test_a_missing_model_is_one_line(monkeypatch, capsys, tmp_path):
     words = ("synthhop", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     code, told = call(train.grpo.main, monkeypatch, capsys, *words)
     assert code == 2
-    assert "no model in" in told
+    assert "no such model" in told
     assert "Traceback" not in told
 
 
