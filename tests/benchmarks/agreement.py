@@ -2,8 +2,8 @@
 
     python tests/benchmarks/agreement.py
 
-import: weights read from a saved folder; logits, cache (one token at a time) and LoRA: logits in float32; generate: greedy
-tokens of 64 that agree; export: weights after import, export and import; critic: scores of the exported classifier.
+import: weights read from a saved folder; logits, cache (one token at a time) and LoRA: logits in float32; generate:
+greedy tokens of 64 that agree; export: weights after import, export and import; critic: scores of the classifier.
 """
 
 from __future__ import annotations
