@@ -111,6 +111,13 @@ FAMILIES = {
 }
 
 
+def write_families(root):
+    """A folder for each family in `root`, by name."""
+    for name in FAMILIES:
+        write_family(name, root / name)
+    return {name: root / name for name in FAMILIES}
+
+
 def write_family(name, folder, *, template=True, generation=True):
     """Writes the files of a family into `folder`, and returns the family."""
     family = FAMILIES[name]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_samples import random_decoder
-from chat_families import FAMILIES, write_family
+from chat_families import FAMILIES, write_families
 from toy_world import toy_examples, toy_retriever
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
@@ -36,10 +36,7 @@ STATE = State("Who is the mayor of Bexlis?", (Turn(Search("Bexlis"), (PAGE,)), T
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
-        write_family(name, root / name)
-    return {name: root / name for name in FAMILIES}
+    return write_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sentencepiece
-from chat_families import FAMILIES, write_family
+from chat_families import FAMILIES, write_families, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -38,10 +38,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
-        write_family(name, root / name)
-    return {name: root / name for name in FAMILIES}
+    return write_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")

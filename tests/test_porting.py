@@ -287,6 +287,7 @@ def test_a_chat_critic_reads_the_end_of_the_turn_in_torch(family, tmp_path):
         expected = theirs(**padded).logits[:, 0]
     for action, score in zip((short, long), expected, strict=True):
         assert scored(weights, config, prompt, action) == pytest.approx(float(score), abs=1e-4)
+    assert load_pretrained(tmp_path / "out", "critic").tokenizer.end_ids == codec.stops
 
 
 def test_a_critic_that_counts_likelihoods_is_refused(tiny, tmp_path):

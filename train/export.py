@@ -41,7 +41,7 @@ class Arguments:
     kind: Literal["actor", "critic", "adapters", "encoder"] | None = None
     """What the model is; unless told, model.json or config.json says it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights on disk."""
+    """Of the weights on disk; adapters stay float32."""
     base: str = ""
     """For adapters: the name of the exported starting model that they belong to."""
     merge: Path | None = None

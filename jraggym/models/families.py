@@ -235,12 +235,10 @@ def _rotation(left: ConfigValues, theta: float) -> tuple[float, RopeScaling]:
     if (part := left.pop("partial_rotary_factor", 1)) not in (1, None):
         raise InputError(f"{left.name}: partial_rotary_factor is not supported", got=part, remedy="It must be 1.")
     keys = ROTATION[kind]
-    if missing := [key for key in keys if left.get(key) is None]:
-        got = f"no {', '.join(sorted(missing))}"
-        raise InputError(f"{left.name}: {kind} rotation lacks a key", got=got, remedy="Add it.")
-    if unknown := left.keys() - keys.keys():
-        got = ", ".join(sorted(unknown))
-        raise InputError(f"{left.name}: {kind} rotation with unknown keys", got=got, remedy="Leave them out.")
+    if missing := ", ".join(sorted(key for key in keys if left.get(key) is None)):
+        raise InputError(f"{left.name}: {kind} rotation lacks a key", got=f"no {missing}", remedy="Add it.")
+    if unknown := ", ".join(sorted(left.keys() - keys.keys())):
+        raise InputError(f"{left.name}: {kind} rotation with unknown keys", got=unknown, remedy="Leave them out.")
     said = {name: left.integer(key) if name == "original" else left.number(key) for key, name in keys.items()}
     return theta, RopeScaling("none" if kind == "default" else kind, **said)
 

@@ -125,15 +125,14 @@ def export_model(model: Model, folder: str | Path, *, dtype: str = "float32", li
         weights = Critic(dataclasses.replace(trunk, unembed=None), model.weights.head)
         table, names = critic_specs(config), Critic(tensor_names(config), _HEAD)
     with whole_folder(folder) as building:
-        _write_configs(building, model, config, dtype)
-        write_weights(building, weights, table, names, dtype=dtype, limit=limit)
         if isinstance(model.tokenizer, SentencePieceTokenizer):
             huggingface_files(model.tokenizer, building)
             (building / PIECES).write_bytes(model.tokenizer.model)
         else:
             model.tokenizer.save(building)
+        _write_configs(building, model, config, dtype)
+        write_weights(building, weights, table, names, dtype=dtype, limit=limit)
         write_card(building, model.kind, model.about)
-        (building / "generation_config.json").unlink(missing_ok=True) if model.kind == "critic" else None
 
 
 def _write_configs(folder: Path, model: Model, config: DecoderConfig, dtype: str) -> None:

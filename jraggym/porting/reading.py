@@ -25,7 +25,7 @@ from jraggym.porting.pieces import Piece, pieces
 from jraggym.sharding import shardings
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+DTYPES = ("F32", "BF16", "F16")  # safetensors' names
 _SHOWN = 12  # names listed of each kind
 
 
@@ -36,7 +36,6 @@ class Checkpoint:
     folder: Path
     files: Mapping[str, Path]  # of each tensor
     shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]  # of DTYPES' values
 
     @classmethod
     def open(cls, folder: str | Path, single: str = SINGLE) -> Checkpoint:
@@ -52,7 +51,7 @@ class Checkpoint:
         if strange := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]:
             remedy = f"Use weights of {', '.join(DTYPES)}; quantized ones cannot be trained."
             raise InputError(f"tensors of an unknown type in {folder}", got=_some(strange), remedy=remedy)
-        return cls(Path(folder), files, shapes, {name: DTYPES[dtype] for name, dtype in dtypes.items()})
+        return cls(Path(folder), files, shapes)
 
 
 def read_weights(
