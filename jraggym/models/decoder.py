@@ -115,34 +115,22 @@ def decode_step(
 ) -> tuple[Array, tuple[Array, Array]]:
     """One more token of K branches of each prompt.
 
-    Args: cache: keys and values [N, B, G, K, S, H] of the branch tokens so far; slot: how many there are;
+    Args: cache: keys and values [N, B * K, G, S, H] of the branch tokens so far; slot: how many there are;
       token int32 [B, K], which goes into that slot.
     Returns: the hidden states [B, K, D] and the cache with the slot filled.
     """
     b, k_ = token.shape
-    slots = cache[0].shape[4]
-    position = jnp.repeat(prefix.start + slot, k_)[:, None]
-    angles = angles_at(config, position)
-    # All branches of a prompt go through one product with the keys of all; each sees its own. That wastes a factor
-    # K of a small product, and saves B * K tiny ones.
-    own = jnp.eye(k_, dtype=bool)[:, :, None] & (jnp.arange(slots) < slot)
-    past = tuple(  # [B * K, 1, 1, K * S]
-        jnp.tile(mask.reshape(k_, 1, 1, k_ * slots), (b, 1, 1, 1))
-        for mask in seen(config, own, slot - jnp.arange(slots))
-    )
+    slots = cache[0].shape[3]
+    angles = angles_at(config, jnp.repeat(prefix.start + slot, k_)[:, None])
     back = (prefix.start + slot)[:, None] - _prefix_position(prefix)
-    shared, itself = seen(config, prefix.mask[:, None, None], back[:, None, None]), jnp.ones((1, 1, 1, 1), bool)
-
-    def flat(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], k_ * slots, config.head_dim)
+    shared = seen(config, prefix.mask[:, None, None], back[:, None, None])
+    past = seen(config, (jnp.arange(slots) < slot)[None, None, None], slot - jnp.arange(slots))
+    itself = jnp.ones((1, 1, 1, 1), bool)
 
     def step(x: Array, inputs: tuple) -> tuple[Array, tuple[Array, Array]]:
         layer, local, prefix_k, prefix_v, past_k, past_v = inputs
         q, k, v = qkv(layer, config, x, of_layer(angles, local))
-        before = [
-            Keys(prefix_k, prefix_v, of_layer(shared, local)),
-            Keys(flat(past_k), flat(past_v), of_layer(past, local)),
-        ]
+        before = [Keys(prefix_k, prefix_v, of_layer(shared, local)), Keys(past_k, past_v, of_layer(past, local))]
         attended = attend(q, [*before, Keys(k, v, itself)], config.score_scale, config.score_cap)
         return residual(layer, config, x, attended), (k, v)
 
@@ -151,17 +139,16 @@ def decode_step(
 
     # After the scan, so that a loop around this function updates one slot in place and copies no cache.
     def put(cached: Array, new: Array) -> Array:
-        new = new.reshape(config.layers, b, k_, config.kv_heads, 1, config.head_dim).swapaxes(2, 3)
-        return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=4)
+        return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=3)
 
     hidden = rms_norm(x, weights.final_norm, config).reshape(b, k_, config.model)
     return hidden, (put(cache[0], now[0]), put(cache[1], now[1]))
 
 
 def empty_cache(config: DecoderConfig, prefix: Prefix, candidates: int, slots: int) -> tuple[Array, Array]:
-    """A cache for `slots` branch tokens of `candidates` branches of each prompt: two of [N, B, G, K, S, H]."""
+    """A cache for `slots` branch tokens of `candidates` branches of each prompt: two of [N, B * K, G, S, H]."""
     n, b, g, _, h = prefix.k.shape
-    zeros = jnp.zeros((n, b, g, candidates, slots, h), prefix.k.dtype)
+    zeros = jnp.zeros((n, b * candidates, g, slots, h), prefix.k.dtype)
     return zeros, zeros
 
 

@@ -1,6 +1,6 @@
 """Prefill and decode of our decoder beside transformers, with the same weights in the same process.
 
-    python tests/benchmarks/decoding.py [--model-type qwen3] [--prompt 256] [--tokens 64] [--repeats 3]
+    python tests/benchmarks/decoding.py [--model-type qwen3] [--prompt 1024] [--tokens 64] [--repeats 3]
 
 Sequences: 1, 8, and 32 that are 8 candidates of each of 4 prompts. transformers computes each of the 32 from its own
 copy of the prompt; ours computes a prompt once. Both decode greedily, and the tokens are compared. Tokens per second
@@ -41,7 +41,7 @@ class Config:
     kv_heads: int = 2
     head_dim: int = 64
     feed_forward: int = 1024
-    prompt: int = 256
+    prompt: int = 1024
     tokens: int = 64
     repeats: int = 3
     shapes: tuple[tuple[int, int], ...] = ((1, 1), (8, 1), (4, 8))  # prompts, candidates of each
