@@ -8,6 +8,7 @@ the agent to have no knowledge of its own. It never looks at a candidate's posit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from jraggym.metrics import exact_match, hotpot_f1
 from jraggym.types import Action, Answer, Document, Example, Malformed, Search, State
@@ -15,6 +16,20 @@ from jraggym.types import Action, Answer, Document, Example, Malformed, Search, 
 Grade = tuple[float, ...]  # compared element by element; higher is better
 Found = Sequence[Document] | None  # what a search brings; None for an action that retrieves nothing
 Judge = Callable[[Example, State, Sequence[Action], Sequence[Found]], list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a source of process rewards is asked about: the candidates at a state, and what each search brings."""
+
+    example: Example
+    state: State
+    actions: tuple[Action, ...]
+    found: tuple[Found, ...]
+
+
+# Any source of process rewards: a reward in [0, 1] for each candidate of each decision, or None for an unlabelled one
+RewardSource = Callable[[Sequence[Decision]], list[tuple[float | None, ...]]]
 
 MALFORMED, TOO_LATE, PREMATURE, WRONG, REDUNDANT, USELESS, USEFUL, SUFFICIENT = map(float, range(8))
 

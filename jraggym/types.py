@@ -56,11 +56,15 @@ Action = Search | Answer | Malformed
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One executed non-final action and what came back; `error` says why nothing did."""
+    """One executed non-final action and what came back; `error` says why nothing did.
+
+    `digest` is what a summariser made of the documents, for the agents that read digests instead.
+    """
 
     action: Search | Malformed
     documents: tuple[Document, ...] = ()
     error: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

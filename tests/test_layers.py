@@ -18,7 +18,9 @@ MAX_FILE, MAX_FUNCTION = 300, 80
 # module pattern -> row; the first pattern that matches counts
 ROWS = {
     "jraggym": 4,  # the package's own face: hands out `make` when asked
-    **dict.fromkeys((f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole")), 0),
+    **dict.fromkeys(
+        (f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model")), 0
+    ),
     **dict.fromkeys(
         ("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2
     ),
