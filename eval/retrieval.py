@@ -19,7 +19,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jraggym.data.hotpotqa import QuestionSet, read_pooled
+from jraggym.data.hotpotqa import read_pooled
+from jraggym.data.questions import QuestionSet
 from jraggym.errors import exit_on_input_error
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.dense import TREE_FROM, DenseIndex

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from jraggym.errors import InputError
-from jraggym.metrics import cover_exact_match, exact_match, hotpot_f1
+from jraggym.metrics import cover_exact_match, exact_match, hotpot_f1, multiple_choice
 from jraggym.types import Action, Answer, Document, Example, Search, State, Turn
 
 
@@ -44,12 +44,25 @@ def wants_retrieval(state: State, action: Action, max_turns: int) -> bool:
 
 
 def outcome(state: State, example: Example) -> dict[str, float]:
-    """The answer metrics em, f1 and cover_em of an episode, each in [0, 1]; all 0 for an unfinished one."""
+    """The answer metrics em, f1 and cover_em of an episode, each in [0, 1]; all 0 for an unfinished one.
+
+    A question with options is right or wrong: it also has accuracy, and the others equal it, as in RAG-Gym's averages.
+    """
+    right = correct(state.answer, example)
+    if example.options:
+        return dict.fromkeys(("em", "f1", "cover_em", "accuracy"), right)
     return {
-        "em": exact_match(state.answer, example.answers),
+        "em": right,
         "f1": hotpot_f1(state.answer, example.answers),
         "cover_em": cover_exact_match(state.answer, example.answers),
     }
+
+
+def correct(answer: str | None, example: Example) -> float:
+    """1.0 for an answer that names the right option or, without options, exactly matches a gold answer."""
+    if example.options:
+        return multiple_choice(answer, example.answers[0], dict(example.options))
+    return exact_match(answer, example.answers)
 
 
 def _check(state: State, max_turns: int) -> None:

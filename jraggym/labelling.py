@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jraggym.metrics import exact_match, hotpot_f1
+from jraggym.environment import correct
+from jraggym.metrics import hotpot_f1
 from jraggym.types import Action, Answer, Document, Example, Malformed, Search, State
 
 Grade = tuple[float, ...]  # compared element by element; higher is better
@@ -75,7 +76,7 @@ def grade(example: Example, state: State, action: Action, found: Found, queries:
     if isinstance(action, Malformed):
         return (MALFORMED,)
     if isinstance(action, Answer):
-        right = exact_match(action.text, example.answers)
+        right = correct(action.text, example)
         if missing:
             return (PREMATURE, right)
         return (SUFFICIENT,) if right else (WRONG,)

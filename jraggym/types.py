@@ -93,19 +93,28 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question with its gold `answers` (any of them counts) and gold document ids."""
+    """One question with its gold `answers` (any of them counts) and gold document ids.
+
+    A multiple-choice question has `options`, pairs of a letter and its text; its first answer is the right letter.
+    """
 
     id: str
     question: str
     answers: tuple[str, ...]
     kind: str = ""
     support: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise InputError(f"example {self.id!r} has no question", got=repr(self.question), remedy="Give it a text.")
         if not self.answers:
             raise InputError(f"example {self.id!r} has no gold answer", got="()", remedy="Give at least one answer.")
+        letters = [letter for letter, _ in self.options]
+        if len(set(letters)) < len(letters) or (letters and self.answers[0] not in letters):
+            what = f"the first answer of example {self.id!r} must be the letter of one of its options"
+            got = f"{self.answers[0]!r} and options {', '.join(letters)}"
+            raise InputError(what, got=got, remedy="Give each option a letter of its own.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +197,7 @@ def _take(cls: type, value: Any, **convert: Any) -> Any:
 
 
 def _field(name: str, annotation: str, value: Any, convert: Any) -> Any:
-    if annotation.startswith("tuple["):
+    if annotation.endswith(", ...]"):
         if not isinstance(value, list | tuple):
             raise InputError(f"{name} must be a list", got=type(value).__name__, remedy="Write a JSON array.")
         item = annotation.removeprefix("tuple[").removesuffix(", ...]")
@@ -224,7 +233,13 @@ def state_from_json(value: Any) -> State:
 
 
 def example_from_json(value: Any) -> Example:
-    return _take(Example, value)
+    return _take(Example, value, options=_option)
+
+
+def _option(value: Any) -> tuple[str, str]:
+    if not isinstance(value, list | tuple) or [type(part) for part in value] != [str, str]:
+        raise InputError("an option must be a letter and a text", got=repr(value)[:80], remedy="Check the file.")
+    return value[0], value[1]
 
 
 def candidate_from_json(value: Any) -> Candidate:

@@ -29,7 +29,7 @@ def test_official_records_become_examples_and_a_corpus(tmp_path):
     path = tmp_path / "h.json"
     second = RECORD | {"_id": "5b", "context": [["Morn", ["Another text."]], ["Sea", ["Salt."]]]}
     path.write_text(json.dumps([RECORD, second]))
-    examples, corpus, brought = read_official(path)
+    examples, corpus, brought, _ = read_official(path)
     assert brought == {"5a": ("Tarvan", "Morn"), "5b": ("Morn", "Sea")}
     assert [example.id for example in examples] == ["5a", "5b"]
     assert examples[0].support == ("Tarvan", "Morn")
@@ -76,7 +76,7 @@ def write_pooled(folder, questions, titles=("A", "B")):
 
 def test_pooled_files(tmp_path):
     write_pooled(tmp_path, [QUESTION | {"gold_titles": ["B", "A", "B"]}])
-    examples, corpus, _ = read_pooled(tmp_path)
+    examples, corpus, *_ = read_pooled(tmp_path)
     assert examples[0].support == ("B", "A")
     assert len(corpus) == 2
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jraggym.data.hotpotqa import QuestionSet, read_official
+from jraggym.data.hotpotqa import read_official
 from jraggym.data.plan import Plan, plan_by_titles
+from jraggym.data.questions import QuestionSet
 from jraggym.data.synthhop import make_world
 from jraggym.errors import InputError
 from jraggym.labelling import Found, Judge, support_judge

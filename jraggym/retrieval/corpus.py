@@ -92,14 +92,17 @@ class Corpus:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for each non-blank line; raises InputError naming file and line."""
+    """Yields (line number from 1, object) for each non-blank line, one at a time.
+
+    Raises InputError naming file and line.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        with Path(path).open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _object(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}", got=error, remedy="Give the path of a UTF-8 jsonl file.") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, _object(path, number, line)
 
 
 def _object(path: str | Path, number: int, line: str) -> dict[str, Any]:
@@ -130,9 +133,14 @@ def _document(row: dict[str, str], taken: set[str]) -> Document:
     """Builds one document; `taken` holds every id written in the file and every default given so far."""
     if "id" in row:
         return Document(row["id"], row["title"], row["text"])
-    id, number = row["title"], 1
+    return Document(free_id(row["title"], taken), row["title"], row["text"])
+
+
+def free_id(title: str, taken: set[str]) -> str:
+    """An id for a document of this title, which is added to `taken`: "Paris", then "Paris (2)"."""
+    id, number = title, 1
     while id in taken:
         number += 1
-        id = f"{row['title']} ({number})"
+        id = f"{title} ({number})"
     taken.add(id)
-    return Document(id, row["title"], row["text"])
+    return id

@@ -8,12 +8,9 @@ since lists of lists need TensorFlow. An absent reward, score or log-probability
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jraggym.data.array_record import Builder, write_dataset
 from jraggym.data.process.record import ProcessRecord, Provenance, encode
 from jraggym.errors import InputError
 from jraggym.types import Candidate, state_from_json, to_json
@@ -38,11 +36,10 @@ _DESCRIPTION = """One record is one state of one episode of a search agent with 
 reward of each (NaN: unlabelled), and the index of the executed one."""
 
 
-class JraggymProcess(tfds.core.GeneratorBasedBuilder):
+class JraggymProcess(Builder):
     """Writes records in the given order, and their digest into the metadata."""
 
     VERSION = tfds.core.Version(VERSION)
-    url_infos = None  # nothing is downloaded; the inherited look-up imports a package that tfds does not require
 
     def __init__(self, *, records: Iterable[ProcessRecord], **kwargs: Any):
         self._records = records
@@ -208,7 +205,7 @@ def build_dataset(directory: str | Path, records: Iterable[ProcessRecord]) -> Pr
     try:
         if building.exists():
             shutil.rmtree(building)
-        _write(building, records)
+        write_dataset(JraggymProcess, building, records=records)
         building.rename(directory)
     except OSError as error:
         raise InputError(f"cannot write {directory}", got=error, remedy="Make room or name another folder.") from error
@@ -227,20 +224,6 @@ def _kept(directory: Path, records: Iterable[ProcessRecord]) -> ProcessSource:
             remedy="Name another folder, or remove that one.",
         )
     return source
-
-
-def _write(directory: Path, records: Iterable[ProcessRecord]) -> None:
-    silence = io.StringIO()  # tensorflow-datasets prints, and draws progress bars
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        builder = JraggymProcess(records=records, data_dir=directory, file_format="array_record")
-        builder.download_and_prepare()
-    shutil.rmtree(directory / "downloads", ignore_errors=True)
-    for path in directory.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _damaged(directory: Path, got: str) -> InputError:
