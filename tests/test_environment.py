@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jraggym.environment import outcome, transition, wants_retrieval
+from jraggym.environment import correct, outcome, transition, wants_retrieval
 from jraggym.errors import InputError
 from jraggym.types import Answer, Document, Example, Malformed, Search, State, to_json
 
@@ -111,3 +111,14 @@ def test_outcome_scores_answers_and_gives_zero_to_the_unfinished():
     assert outcome(State("q", answer="the Torvan Quilmer."), EXAMPLE) == {"em": 1.0, "f1": 1.0, "cover_em": 1.0}
     partly = outcome(State("q", answer="It is Torvan Quilmer"), EXAMPLE)
     assert partly == {"em": 0.0, "f1": pytest.approx(2 / 3), "cover_em": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("B", 1.0), ("(B) Vitamin D", 1.0), ("vitamin D.", 1.0), ("A", 0.0), ("B or A", 0.0), ("", 0.0), (None, 0.0)],
+)
+def test_a_question_with_options_is_right_or_wrong(answer, right):
+    example = Example("e", "Which?", ("B", "Vitamin D"), options=(("A", "Vitamin B"), ("B", "Vitamin D")))
+    scores = outcome(State("q", answer=answer), example)
+    assert scores == {"em": right, "f1": right, "cover_em": right, "accuracy": right}
+    assert correct(answer, example) == right

@@ -136,6 +136,13 @@ def test_any_gold_answer_counts_and_is_normalised():
     assert grade(EXAMPLE, ALL, Answer("Marnos, I think"), ()) < right
 
 
+def test_an_option_is_right_by_its_letter_with_or_without_its_text():
+    example = Example("e", "Which?", ("B", "Marnos"), options=(("A", "Torvan"), ("B", "Marnos")))
+    right, *others = (grade(example, NOTHING, Answer(text), ()) for text in ("B", "(B) Marnos", "marnos", "A"))
+    assert others[:2] == [right, right]
+    assert others[2] < right
+
+
 def test_malformed_is_lowest_in_every_state():
     for state, candidates in ORDERS.values():
         lowest = grade(EXAMPLE, state, Malformed("anything"), ())

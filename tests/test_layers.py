@@ -21,9 +21,8 @@ ROWS = {
     **dict.fromkeys(
         (f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model")), 0
     ),
-    **dict.fromkeys(
-        ("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense", "jraggym.retrieval.hybrid"), 2
-    ),
+    **dict.fromkeys(("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense"), 2),
+    **dict.fromkeys(("jraggym.retrieval.hybrid", "jraggym.retrieval.presets"), 2),
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
     **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
@@ -47,10 +46,15 @@ SIBLINGS = [
     ("jraggym.text.chat", "jraggym.text.batching"),
     ("jraggym.retrieval.*", "jraggym.retrieval.corpus"),
     ("jraggym.retrieval.hybrid", "jraggym.retrieval.dense"),
+    ("jraggym.retrieval.presets", "jraggym.retrieval.hybrid"),
     ("jraggym.data.synthhop*", "jraggym.data.synthhop.*"),
     ("jraggym.data.synthhop.*", "jraggym.data.plan"),
     ("jraggym.data.process*", "jraggym.data.process.*"),
-    ("jraggym.data.hotpotqa", "jraggym.retrieval.corpus"),
+    ("jraggym.data.process.dataset", "jraggym.data.array_record"),
+    ("jraggym.data.*", "jraggym.data.questions"),
+    ("jraggym.data.*", "jraggym.retrieval.corpus"),
+    ("jraggym.data.twowiki", "jraggym.data.hotpotqa"),
+    ("jraggym.data.benchmarks", "jraggym.data.*"),
     ("jraggym.retrieval.vectors", "jraggym.retrieval.encoder"),
     ("jraggym.models.bert*", "jraggym.models.encoders"),
     ("jraggym.models.encoder_folder", "jraggym.models.encoders"),

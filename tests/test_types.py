@@ -23,6 +23,12 @@ STATES = st.builds(State, st.text(), st.lists(TURNS, max_size=3).map(tuple), st.
 TUPLES = st.lists(st.text(), max_size=2).map(tuple)
 EXAMPLES = st.builds(
     Example, st.text(), st.text().filter(str.strip), st.lists(st.text(), min_size=1).map(tuple), st.text(), TUPLES
+) | st.builds(
+    Example,
+    st.text(),
+    st.just("Which?"),
+    st.sampled_from([("A",), ("B", "second")]),
+    options=st.tuples(st.tuples(st.just("A"), st.text()), st.tuples(st.just("B"), st.text())),
 )
 CANDIDATES = st.builds(Candidate, st.text(), FLOATS, FLOATS, FLOATS, TUPLES)
 STEPS = st.builds(Step, STATES, st.lists(CANDIDATES, max_size=3).map(tuple), st.integers())
@@ -56,7 +62,7 @@ SAMPLES = [
     Malformed("m"),
     Turn(Search("q"), (Document("d", "title", "text"),), "error"),
     State("q", (Turn(Search("q")),), "a", True),
-    Example("e", "q", ("a",), "kind", ("d",)),
+    Example("e", "q", ("a",), "kind", ("d",), (("a", "first"), ("b", "second"))),
     Candidate("text", 1.0, 0.5, -0.5, ("d",), (3, 4), (-0.25, -0.25)),
     Step(State("q"), (Candidate("text"),), 0),
     Trajectory("e", (Step(State("q"), (Candidate("text"),), 0),), State("q", answer="a")),
@@ -99,6 +105,9 @@ def test_a_field_of_the_wrong_type_is_named(record):
         (types.example_from_json, {"id": "e", "question": "q", "answers": "Paris"}, "answers"),
         (types.example_from_json, {"id": "e", "question": "q", "answers": ["a", 1]}, "answers"),
         (types.example_from_json, {"id": 7, "question": "q", "answers": ["a"]}, "id"),
+        (types.example_from_json, {"id": "e", "question": "q", "answers": ["A"], "options": ["Ab"]}, "option"),
+        (types.example_from_json, {"id": "e", "question": "q", "answers": ["A"], "options": [["A"]]}, "option"),
+        (types.example_from_json, {"id": "e", "question": "q", "answers": ["A"], "options": [["A", 1]]}, "option"),
         (types.state_from_json, {"question": "q", "turns": None}, "turns"),
         (types.state_from_json, {"question": "q", "truncated": "no"}, "truncated"),
         (types.candidate_from_json, {"text": "t", "reward": "1"}, "reward"),
@@ -146,6 +155,12 @@ def test_an_example_needs_a_question_and_an_answer():
         Example("e", " ", ("a",))
     with pytest.raises(InputError, match="'e' has no gold answer"):
         Example("e", "q", ())
+
+
+@pytest.mark.parametrize(("answer", "letters"), [("C", "AB"), ("first", "AB"), ("A", "AA")])
+def test_the_first_answer_of_a_multiple_choice_is_the_letter_of_one_option(answer, letters):
+    with pytest.raises(InputError, match=f"'e' must be the letter of one of its options; got '{answer}' and options A"):
+        Example("e", "q", (answer,), options=tuple((letter, "text") for letter in letters))
 
 
 def test_state_says_when_it_is_done_and_when_a_search_failed():

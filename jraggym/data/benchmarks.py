@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,11 @@ def load_benchmark(name: str, folder: str | Path, split: str, built: str | Path 
         questions = benchmark.read(find_file(name, folder, plain))
         pairs, count, notes = list(questions.pairs()), len(questions.examples), questions.notes
         return gathered(pairs[part], (*notes, *_short(name, split, count)))
-    source, notes = _open_or_build(name, Path(folder), plain, Path(built) / f"{name}-{plain}")
-    chosen = range(len(source))[part]
-    return gathered((from_record(source[i]) for i in chosen), (*notes, *_short(name, split, len(source))))
+    place = Path(built) / f"{name}-{plain}"
+    source, notes = _open_or_build(name, Path(folder), plain, place)
+    notes = (*notes, *_short(name, split, len(source)))
+    with _damage_named(place):
+        return gathered([from_record(source[i]) for i in range(len(source))[part]], notes)
 
 
 def find_file(name: str, folder: str | Path, split: str) -> Path:
@@ -175,9 +178,9 @@ def from_record(record: Mapping[str, Any]) -> Pair:
         tuple(zip(*([text.decode() for text in record[name][column]] for column in columns), strict=True))
         for name, columns in (("options", ("letter", "text")), ("paragraphs", ("id", "title", "text")))
     )
-    texts = {name: record[name].decode() for name in ("id", "question", "kind")}
-    lists = {name: tuple(text.decode() for text in record[name]) for name in ("answers", "support")}
-    return Example(**texts, **lists, options=options), tuple(Document(*fields) for fields in paragraphs)
+    id, question, kind = (record[name].decode() for name in ("id", "question", "kind"))
+    answers, support = (tuple(text.decode() for text in record[name]) for name in ("answers", "support"))
+    return Example(id, question, answers, kind, support, options), tuple(Document(*fields) for fields in paragraphs)
 
 
 def _open_or_build(name: str, folder: Path, split: str, built: Path) -> tuple[Any, tuple[str, ...]]:
@@ -187,15 +190,12 @@ def _open_or_build(name: str, folder: Path, split: str, built: Path) -> tuple[An
         questions, sha256 = BENCHMARKS[name].read(file), _sha256(file)
         with whole_folder(built) as building:
             write_dataset(BenchmarkBuilder, building, name=name, split=split, questions=questions, sha256=sha256)
-    try:
+    with _damage_named(built):
         builder = tfds.builder_from_directory(built / name / VERSION)
         metadata, source = builder.info.metadata, builder.as_data_source(split=split)
         sha256, notes = metadata["sha256"], tuple(metadata["notes"])
         if len(source) != builder.info.splits[split].num_examples:
             raise ValueError(f"{len(source)} questions")
-    except Exception as error:  # a damaged file: the exception depends on which byte it is
-        remedy = "Remove that folder and load again."
-        raise InputError(f"the dataset in {built} is damaged", got=error, remedy=remedy) from error
     try:
         file = find_file(name, folder, split)
     except InputError:
@@ -203,6 +203,15 @@ def _open_or_build(name: str, folder: Path, split: str, built: Path) -> tuple[An
     if _sha256(file) != sha256:
         raise InputError(f"{built} was built from another file than {file}", got=sha256[:12], remedy="Remove it.")
     return source, notes
+
+
+@contextmanager
+def _damage_named(built: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # it depends on which byte is damaged
+        remedy = "Remove that folder and load again."
+        raise InputError(f"the dataset in {built} is damaged", got=error, remedy=remedy) from error
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jraggym.data.hotpotqa import read_official
+from jraggym.data.benchmarks import load_benchmark
 from jraggym.data.plan import Plan, plan_by_titles
 from jraggym.data.questions import QuestionSet
 from jraggym.data.synthhop import make_world
@@ -71,7 +71,7 @@ def hotpotqa_task(folder: Path, *, train: int, development: int, test: int) -> T
     """
     if not folder.is_dir():
         raise InputError("no HotpotQA folder", got=folder, remedy="Name the folder that holds the official json files.")
-    learn, exam = (_find(folder, split) for split in ("train", "test"))
+    learn, exam = (load_benchmark("hotpotqa", folder, split) for split in ("train", "dev"))
     held = max(1, min(development, len(learn.examples) // 10))
     return Task(
         "hotpotqa",
@@ -79,14 +79,6 @@ def hotpotqa_task(folder: Path, *, train: int, development: int, test: int) -> T
         _titled(learn, learn.examples[-held:]),
         _titled(exam, exam.examples[:test]),
     )
-
-
-def _find(folder: Path, split: str) -> QuestionSet:
-    names = {"train": "hotpot_train*.json", "test": "hotpot_dev*.json"}
-    found = sorted(folder.glob(names[split]))
-    if not found:
-        raise InputError(f"no {split} file in {folder}", got="nothing", remedy=f"Put a {names[split]} there.")
-    return read_official(found[0])
 
 
 def _titled(questions: QuestionSet, examples: Sequence[Example]) -> Split:

@@ -100,12 +100,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with Path(path).open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _object(path, number, line)
+                    yield number, json_line(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}", got=error, remedy="Give the path of a UTF-8 jsonl file.") from error
 
 
-def _object(path: str | Path, number: int, line: str) -> dict[str, Any]:
+def json_line(path: str | Path, number: int, line: str) -> dict[str, Any]:
+    """The object in a line of a jsonl file; raises InputError naming file and line."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:

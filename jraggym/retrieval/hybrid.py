@@ -27,7 +27,7 @@ from jraggym.types import Document
 class HybridRetriever:
     """Finds the k best documents per query by BM25 (no encoder), by vectors (`lexical=False`), or by both.
 
-    With both, the `depth` best of either ranking are merged by reciprocal rank fusion.
+    With both, the `depth` best of either ranking are merged by reciprocal rank fusion with `constant`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class HybridRetriever:
         *,
         lexical: bool = True,
         vectors: np.ndarray | None = None,
+        constant: int = 60,
     ):
         """Builds the indexes.
 
@@ -55,7 +56,7 @@ class HybridRetriever:
             raise InputError("k and depth must be positive", got=f"k={k}, depth={depth}", remedy="Use 1 or more.")
         if vectors is not None and len(vectors) != len(corpus):
             raise InputError("one vector per document is needed", got=len(vectors), remedy=f"Give {len(corpus)}.")
-        self.corpus, self.encoder, self.k, self.depth = corpus, encoder, k, depth
+        self.corpus, self.encoder, self.k, self.depth, self._constant = corpus, encoder, k, depth, constant
         self._bm25 = Bm25Index(corpus.texts()) if lexical else None
         self._dense = None
         if encoder is not None:
@@ -117,7 +118,7 @@ class HybridRetriever:
             return self._dense.search(vectors, k)
         depth = max(self.depth, k)
         rankings = [self._bm25.search(queries, depth), self._dense.search(vectors, depth)]
-        return reciprocal_rank_fusion(rankings, k)
+        return reciprocal_rank_fusion(rankings, k, self._constant)
 
     def __call__(self, queries: Sequence[str], k: int | None = None) -> list[tuple[Document, ...]]:
         """Goes the whole way from texts to documents; compiles once per number of queries."""
