@@ -140,7 +140,7 @@ def test_bamboogle(tmp_path, name, content):
         (twowiki, [TWOWIKI, TWOWIKI | {"evidences": "x"}], "record 1: field of the wrong type; got evidences: str"),
         (twowiki, [TWOWIKI | {"supporting_facts": [["Ada", "1"]]}], "record 0: wrong entry in supporting_facts"),
         (twowiki, [TWOWIKI | {"answer": ""}], "record 0: no gold answer"),
-        (twowiki, [TWOWIKI, TWOWIKI], "two questions have the same id; got 'a1'"),
+        (twowiki, [TWOWIKI, TWOWIKI], "file: two questions have the same id; got 'a1'"),
         (pubmedqa, [], "file is no object of questions; got list"),
         (pubmedqa, {"7": without(PUBMEDQA, "LABELS")}, "file, record 7: missing field; got LABELS"),
         (pubmedqa, {"7": PUBMEDQA | {"final_decision": "perhaps"}}, "record 7: unknown final_decision; got 'perhaps'"),
@@ -209,17 +209,18 @@ def test_a_missing_file_is_named(tmp_path, reader):
 # ---------------------------------------------------------------- question sets
 
 
-def test_pairs_gather_to_the_same_set():
+def test_items_gather_to_the_same_set():
     a, b = Document("a", "A", "x"), Document("b", "B", "y")
-    pairs = [(Example("1", "q", ("g",), support=("a",)), (a, b)), (Example("2", "q", ("g",)), ())]
-    questions = gathered(pairs, ("note",))
-    assert list(questions.pairs()) == pairs
-    assert gathered(questions.pairs(), questions.notes) == questions
+    items = [(Example("1", "q", ("g",), support=("a",)), (a, b)), (Example("2", "q", ("g",)), ())]
+    questions = gathered(items, "here", ("note",))
+    assert list(questions.items()) == items
+    assert gathered(questions.items(), "here", questions.notes) == questions
 
 
 def test_questions_over_another_corpus_keep_the_support_that_it_holds():
     a, b = Document("a", "A", "x"), Document("b", "B", "y")
-    questions = gathered([(Example("1", "q", ("g",), support=("a", "b")), (a, b)), (Example("2", "q", ("g",)), (a,))])
+    items = [(Example("1", "q", ("g",), support=("a", "b")), (a, b)), (Example("2", "q", ("g",)), (a,))]
+    questions = gathered(items, "here")
     moved = questions.over(Corpus.from_documents([b]))
     assert [example.support for example in moved.examples] == [("b",), ()]
     assert (len(moved.corpus), moved.brought) == (1, {})

@@ -31,7 +31,7 @@ def read_official(path: str | Path) -> QuestionSet:
         examples.append(Example(f"bamboogle-{number}", record["Question"], (record["Answer"],)))
     if not examples:
         raise InputError(f"{path} holds no question", got="0 rows", remedy="Give the official Bamboogle csv.")
-    return gathered((example, ()) for example in examples)
+    return gathered(((example, ()) for example in examples), path)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

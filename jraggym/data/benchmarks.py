@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 
 from jraggym.data import bamboogle, hotpotqa, medqa, musique, pubmedqa, twowiki
 from jraggym.data.array_record import Builder, write_dataset
-from jraggym.data.questions import Pair, QuestionSet, gathered
+from jraggym.data.questions import Item, QuestionSet, gathered
 from jraggym.errors import InputError
 from jraggym.types import Document, Example
 from jraggym.whole import whole_folder
@@ -86,13 +86,13 @@ def load_benchmark(name: str, folder: str | Path, split: str, built: str | Path 
     plain, part = benchmark.parts.get(split, (split, slice(None)))
     if built is None:
         questions = benchmark.read(find_file(name, folder, plain))
-        pairs, count, notes = list(questions.pairs()), len(questions.examples), questions.notes
-        return gathered(pairs[part], (*notes, *_short(name, split, count)))
+        notes = (*questions.notes, *_short(name, split, len(questions.examples)))
+        return gathered(list(questions.items())[part], folder, notes)
     place = Path(built) / f"{name}-{plain}"
     source, notes = _open_or_build(name, Path(folder), plain, place)
     notes = (*notes, *_short(name, split, len(source)))
     with _damage_named(place):
-        return gathered([from_record(source[i]) for i in range(len(source))[part]], notes)
+        return gathered([from_record(source[i]) for i in range(len(source))[part]], place, notes)
 
 
 def find_file(name: str, folder: str | Path, split: str) -> Path:
@@ -146,7 +146,7 @@ class BenchmarkBuilder(Builder):
         return {self._split: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for example, documents in self._questions.pairs():
+        for example, documents in self._questions.items():
             yield example.id, to_record(example, documents)
 
 
@@ -172,7 +172,7 @@ def to_record(example: Example, documents: tuple[Document, ...]) -> dict[str, An
     }
 
 
-def from_record(record: Mapping[str, Any]) -> Pair:
+def from_record(record: Mapping[str, Any]) -> Item:
     """The question and paragraphs that `to_record` wrote, as read back by tensorflow-datasets."""
     options, paragraphs = (
         tuple(zip(*([text.decode() for text in record[name][column]] for column in columns), strict=True))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jraggym.data.questions import Pair, QuestionSet, check, check_asked, check_texts, gathered, read_json
+from jraggym.data.questions import Item, QuestionSet, check, check_asked, check_texts, gathered, read_json
 from jraggym.errors import InputError
 from jraggym.retrieval.corpus import Corpus, read_jsonl
 from jraggym.types import Document, Example
@@ -39,11 +39,11 @@ def read_official(path: str | Path) -> QuestionSet:
 def read_layout(path: str | Path, fields: Mapping[str, type], benchmark: str) -> QuestionSet:
     """Reads a json of HotpotQA's layout whose records have `fields`; raises InputError as `read_official` does."""
     records = read_json(path, list, benchmark)
-    pairs = (_pair(f"{path}, record {i}", record, fields, benchmark) for i, record in enumerate(records))
-    return gathered(pairs)
+    items = (_item(f"{path}, record {i}", record, fields, benchmark) for i, record in enumerate(records))
+    return gathered(items, path)
 
 
-def _pair(where: str, record: Any, fields: Mapping[str, type], benchmark: str) -> Pair:
+def _item(where: str, record: Any, fields: Mapping[str, type], benchmark: str) -> Item:
     check(where, record, fields, benchmark)
     # Only the titles: the paragraph is the unit here, and some sentence numbers of the originals are out of range.
     titles = [title for title, _ in _entries(where, record, "supporting_facts", int)]

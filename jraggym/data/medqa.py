@@ -23,7 +23,7 @@ def read_official(path: str | Path) -> QuestionSet:
       InputError: naming file and line, for a line that is no such record, a missing field or one of another type, a
         blank question, or an answer that is not the text of the option `answer_idx`.
     """
-    pairs = []
+    items = []
     for line, record in read_jsonl(path):
         where = f"{path}, line {line}"
         check(where, record, _FIELDS, "MedQA")
@@ -37,10 +37,10 @@ def read_official(path: str | Path) -> QuestionSet:
         check_texts(where, [kind], "meta_info")
         question = question_with_options(record["question"], options)
         id, answers = f"{Path(path).stem}-{line}", (letter, record["answer"])
-        pairs.append((Example(id, question, answers, kind, options=tuple(options.items())), ()))
-    if not pairs:
+        items.append((Example(id, question, answers, kind, options=tuple(options.items())), ()))
+    if not items:
         raise InputError(f"{path} holds no question", got="0 lines", remedy="Give at least one question.")
-    return gathered(pairs)
+    return gathered(items, path)
 
 
 def question_with_options(question: str, options: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jraggym.data.questions import Pair, QuestionSet, check, check_asked, check_texts, gathered
+from jraggym.data.questions import Item, QuestionSet, check, check_asked, check_texts, gathered
 from jraggym.errors import InputError
 from jraggym.retrieval.corpus import free_id, read_jsonl
 from jraggym.types import Document, Example
@@ -31,7 +31,7 @@ def read_official(path: str | Path) -> QuestionSet:
       InputError: naming file and line, for a line that is no such record, a missing field or one of another type, or
         a question without gold answer, and for a file without answerable questions.
     """
-    pairs: list[Pair] = []
+    items: list[Item] = []
     ids: dict[tuple[str, str], str] = {}  # of each distinct (title, text)
     taken: set[str] = set()
     left_out = 0
@@ -50,10 +50,10 @@ def read_official(path: str | Path) -> QuestionSet:
             documents.append(Document(ids[title, text], title, text))
             if paragraph["is_supporting"]:
                 support.append(ids[title, text])
-        pairs.append((_example(where, record, support), tuple(dict.fromkeys(documents))))
-    if not pairs:
+        items.append((_example(where, record, support), tuple(dict.fromkeys(documents))))
+    if not items:
         raise InputError(f"{path} holds no answerable question", got=f"{left_out} others", remedy="Give another file.")
-    return gathered(pairs, (f"{left_out} unanswerable questions are left out",) if left_out else ())
+    return gathered(items, path, (f"{left_out} unanswerable questions are left out",) if left_out else ())
 
 
 def _example(where: str, record: dict[str, Any], support: list[str]) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jraggym.data.questions import Pair, QuestionSet, check, check_asked, check_texts, gathered, read_json
+from jraggym.data.questions import Item, QuestionSet, check, check_asked, check_texts, gathered, read_json
 from jraggym.errors import InputError
 from jraggym.types import Document, Example
 
@@ -24,10 +24,10 @@ def read_official(path: str | Path) -> QuestionSet:
         blank question, or a decision other than yes, no and maybe.
     """
     records = read_json(path, dict, "PubMedQA")
-    return gathered(_pair(f"{path}, record {id}", id, record) for id, record in records.items())
+    return gathered((_item(f"{path}, record {id}", id, record) for id, record in records.items()), path)
 
 
-def _pair(where: str, id: str, record: Any) -> Pair:
+def _item(where: str, id: str, record: Any) -> Item:
     check(where, record, _FIELDS, "PubMedQA")
     check_asked(where, record["QUESTION"], record["final_decision"])
     if record["final_decision"] not in _DECISIONS:

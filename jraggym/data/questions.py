@@ -12,7 +12,7 @@ from jraggym.errors import InputError
 from jraggym.retrieval.corpus import Corpus
 from jraggym.types import Document, Example
 
-Pair = tuple[Example, tuple[Document, ...]]  # a question and the paragraphs that it brings
+Item = tuple[Example, tuple[Document, ...]]  # a question and the paragraphs that it brings
 NO_CORPUS = Corpus((), {})  # of questions that bring none; `QuestionSet.over` gives them one
 
 
@@ -28,7 +28,7 @@ class QuestionSet(NamedTuple):
     brought: Mapping[str, tuple[str, ...]] = {}
     notes: tuple[str, ...] = ()
 
-    def pairs(self) -> Iterator[Pair]:
+    def items(self) -> Iterator[Item]:
         """Each question with the paragraphs that it brings."""
         for example in self.examples:
             ids = self.brought.get(example.id, ())
@@ -45,17 +45,19 @@ class QuestionSet(NamedTuple):
         return QuestionSet(kept, corpus, notes=notes)
 
 
-def gathered(pairs: Iterable[Pair], notes: tuple[str, ...] = ()) -> QuestionSet:
-    """The question set of these pairs; its corpus is the union of all paragraphs, the first one of each id.
+def gathered(items: Iterable[Item], source: object, notes: tuple[str, ...] = ()) -> QuestionSet:
+    """The question set of these items; its corpus is the union of all paragraphs, the first one of each id.
 
-    Raises InputError when two questions have the same id.
+    Raises InputError, naming the `source` that they come from, when two questions have the same id.
     """
     examples: dict[str, Example] = {}
     paragraphs: dict[str, Document] = {}
     brought: dict[str, tuple[str, ...]] = {}
-    for example, documents in pairs:
+    for example, documents in items:
         if example.id in examples:
-            raise InputError("two questions have the same id", got=repr(example.id), remedy="Make ids distinct.")
+            raise InputError(
+                f"{source}: two questions have the same id", got=repr(example.id), remedy="Make ids distinct."
+            )
         examples[example.id] = example
         if documents:
             brought[example.id] = tuple(document.id for document in documents)
