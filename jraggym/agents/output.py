@@ -65,14 +65,14 @@ def read_output(
     for name in reversed((*sections, OUTPUT)):
         start = next((i for i in reversed(range(end)) if lines[i].strip() == heading(name)), None)
         if start is None:
-            return Malformed(f'no section "{heading(name)}" in its place')
+            return Malformed(f'no section "{name}" in its place')
         texts.insert(0, "\n".join(lines[start + 1 : end]).strip())
         end = start
     *thoughts, block = texts
     if not block.startswith(_OPEN):
-        return Malformed(f'no {_OPEN} block right under "{heading(OUTPUT)}"')
+        return Malformed(f'no json block right under "{OUTPUT}"')
     if not block.endswith(_CLOSE) or len(block) < len(_OPEN) + len(_CLOSE):
-        return Malformed(f"the {_OPEN} block does not end the output")
+        return Malformed("the json block does not end the output")
     values = _read_json(block[len(_OPEN) : -len(_CLOSE)], keys)
     if isinstance(values, Malformed):
         return values
