@@ -109,7 +109,8 @@ def _load(path: Path) -> dict[str, Digest]:
     for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
         try:
             record = json.loads(line)
-            kept[record.pop("key")] = Digest(**record)
+            key = record.pop("key")
+            kept[key] = Digest(**record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"line {number} of {path} is no digest", got=line[:80], remedy="Name a file of digests, or a new one."
