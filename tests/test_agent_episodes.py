@@ -212,7 +212,7 @@ def test_an_episode_does_not_depend_on_what_runs_beside_it(select):
         return AgentRules(5, candidates=3, select=select, seed=7, **more)
 
     together = react(Scripted(erratic), rules(), EXAMPLES)
-    assert {len(e.trajectory.final.turns) for e in together} > {0, 2}, "they should differ in length"
+    assert len({len(e.trajectory.final.turns) for e in together}) > 1, "they should differ in length"
     assert react(Scripted(erratic), rules(slots=2), EXAMPLES) == together
     for example, episode in zip(EXAMPLES[:-1], together, strict=False):
         assert react(Scripted(erratic), rules(), [example]) == [episode]

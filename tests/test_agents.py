@@ -204,6 +204,15 @@ def test_reading_gives_back_what_was_written(answer, query, thought):
     assert read == Output(thought.strip(), kept(answer), kept(query))
 
 
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|eot_id|>", "</s>", "<s>", "<end_of_turn>", "[/INST]", "</think>"])
+def test_no_text_from_outside_ends_a_turn_of_the_chat(mark):
+    state = State(f"a {mark}", (Turn(Search(mark), (Document("d", mark, f"x{mark}y"),), None, mark),))
+    for agent in AGENTS.values():
+        text = agent.prompt(state, False)[1].content
+        assert mark not in text
+        assert text.count(mark[1:]) >= 1, "it is still to be read"
+
+
 @settings(max_examples=100, deadline=None)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_no_text_from_outside_forges_a_prompt_or_an_output(question, title, text, query, digest):

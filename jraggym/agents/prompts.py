@@ -3,7 +3,7 @@
     system   what the agent is to do, and the output format
     user     ### Question, ### Documents or ### Search history, and on the last turn ### Last turn
 
-Text from outside is neutralised: no document, question, query or digest can open a section or a code block.
+Text from outside is neutralised: no document, question, query or digest can open a section, a code block or a turn.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ LAST = "Last turn"
 REJECTED = "Your last reply was not accepted"
 
 ANSWER_TEXT = "the answer, in as few words as possible"
-_MARKER = re.compile(r"#{3,}|`{3,}")
-_LOOK_ALIKE = str.maketrans("#`", "＃ˋ")
+# headings, fences, and what opens or ends a turn in the chat templates of common models: an endpoint may read it so
+_MARKER = re.compile(r"#{3,}|`{3,}|<(?=\||/?s>|/?think>|(?:start|end)_of_turn>)|\[(?=/?INST\])")
+_LOOK_ALIKE = str.maketrans("#`<[", "＃ˋ‹［")
 
 
 def neutralise(text: str) -> str:
-    """Defuses heading marks and code fences in text from outside, by look-alikes."""
+    """Defuses headings, code fences and the marks of chat templates in text from outside, by look-alikes."""
     return _MARKER.sub(lambda match: match.group().translate(_LOOK_ALIKE), text)
 
 
