@@ -6,7 +6,8 @@
     Malformed  turn without documents          turn without documents, truncated
 
 A search on the last turn could not be used by any answer, so it is not executed. Every agent thus has the same
-budget: max_turns model calls and at most max_turns - 1 searches.
+budget: max_turns model calls and at most max_turns - 1 searches. When it ends, the latest answer so far that came with
+a search is the answer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ from jraggym.types import Action, Answer, Document, Example, Search, State, Turn
 
 
 def transition(
-    state: State, action: Action, documents: tuple[Document, ...] = (), error: str | None = None, *, max_turns: int
+    state: State,
+    action: Action,
+    documents: tuple[Document, ...] = (),
+    error: str | None = None,
+    digest: str | None = None,
+    *,
+    max_turns: int,
 ) -> State:
     """The state after `action`; `documents` and `error` are what an executed search brought (RAG-Gym 2.1).
+
+    `digest` is a summary of the documents, for agents that read digests.
 
     Raises ValueError when the episode is over and InputError when documents or an error come with an action
     that does not search.
@@ -33,8 +42,12 @@ def transition(
         )
     if isinstance(action, Answer):
         return dataclasses.replace(state, answer=action.text, thought=action.thought)
-    turns = (*state.turns, Turn(action, documents, error))
-    return dataclasses.replace(state, turns=turns, truncated=len(turns) >= max_turns)
+    turns = (*state.turns, Turn(action, documents, error, digest))
+    if len(turns) < max_turns:
+        return dataclasses.replace(state, turns=turns)
+    searches = [turn.action for turn in turns if isinstance(turn.action, Search) and turn.action.so_far is not None]
+    best = searches[-1] if searches else Search("")
+    return dataclasses.replace(state, turns=turns, truncated=True, answer=best.so_far, thought=best.thought)
 
 
 def wants_retrieval(state: State, action: Action, max_turns: int) -> bool:

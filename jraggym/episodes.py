@@ -91,7 +91,7 @@ class Episodes:
         self.examples, self.rules = tuple(examples), rules
         self._codec, self._retriever = codec, retriever
         self._states = [State(example.question) for example in examples]
-        self._names = _names(examples)
+        self._names = episode_names(examples)
         self._steps: list[list[Step]] = [[] for _ in examples]
         size = len(examples) if slots is None else slots
         self._occupant = [row if row < len(examples) else None for row in range(size)]
@@ -260,7 +260,7 @@ class Episodes:
         self._states[number] = transition(state, action, *outcome, max_turns=self.rules.max_turns)
 
 
-def _names(examples: Sequence[Example]) -> list[str]:
+def episode_names(examples: Sequence[Example]) -> list[str]:
     """A name for each episode: the example's id, and for further episodes of the same example "id#1", "id#2", ..."""
     seen: Counter[str] = Counter()
     names = []

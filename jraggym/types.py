@@ -30,10 +30,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Ask the retriever. The thought before it is kept for the transcript; it does not make another action."""
+    """Ask the retriever. The thought before it is kept for the transcript; it does not make another action.
+
+    Nor does `so_far`, the answer as it stands, which some agents give with each search.
+    """
 
     query: str
     thought: str = dataclasses.field(default="", compare=False)
+    so_far: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class State:
     """What the agent knows: the question and the turns so far (RAG-Gym 2.1: s_t = (Q, H_t)).
 
     `answer` is set by the terminal action, and `thought` holds the thought before it. `truncated` says that the
-    turn budget ended first.
+    turn budget ended first; the answer so far, where the agent has given one, is then the answer.
     """
 
     question: str

@@ -51,6 +51,20 @@ def test_an_answer_on_the_last_turn_is_no_truncation():
     assert not state.truncated
 
 
+def test_when_the_budget_ends_the_latest_answer_so_far_is_the_answer():
+    state = State("q")
+    for action in (Search("s", "t", "old"), Search("s", "u", "new"), Search("s", "v"), Malformed("m")):
+        assert state.answer is None
+        state = transition(state, action, max_turns=4)
+    assert (state.answer, state.thought, state.truncated) == ("new", "u", True)
+    assert transition(State("q"), Search("s", "t", "now"), max_turns=1).answer == "now"
+
+
+def test_a_digest_stays_with_its_turn():
+    [turn] = transition(State("q"), Search("s"), DOCUMENTS, digest="in short", max_turns=2).turns
+    assert (turn.documents, turn.digest) == (DOCUMENTS, "in short")
+
+
 def test_one_turn_allows_no_search():
     assert not wants_retrieval(State("q"), Search("s"), 1)
     assert transition(State("q"), Search("s"), max_turns=1).truncated

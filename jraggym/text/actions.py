@@ -57,9 +57,15 @@ def _body(rest: str, closing: str, build: type[Search] | type[Answer], thought: 
         return Malformed(f"text after {closing}")
     if any(tag in body for tag in TAGS):
         return Malformed("tag inside the action")
-    if len(body) > MAX_CHARS:
-        return Malformed(f"longer than {MAX_CHARS} characters")
-    if any(unicodedata.category(char) in ("Cc", "Cs") for char in body):
-        return Malformed("control character")
-    text = body.strip()
-    return build(text, thought) if text else Malformed("empty action")
+    if fault := text_fault(body):
+        return Malformed(fault)
+    return build(body.strip(), thought)
+
+
+def text_fault(text: str) -> str | None:
+    """Why `text` can be neither a query nor an answer in any format, or None where it can."""
+    if len(text) > MAX_CHARS:
+        return f"longer than {MAX_CHARS} characters"
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
+        return "control character"
+    return None if text.strip() else "empty action"
