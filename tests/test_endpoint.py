@@ -2,126 +2,29 @@
 
 import email.utils
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
+from misbehaving_server import answer, choice, refusal, said, serving
 
 from jraggym.chat_model import Completion, Message, Reply, Request
 from jraggym.chats.answer_cache import AnswerCache
 from jraggym.chats.answers import Fault, read_answer, read_fault
 from jraggym.chats.endpoint import Endpoint, Server
-from jraggym.chats.opening import open_chat
+from jraggym.chats.local import Local
+from jraggym.chats.opening import ChatSpec, open_chat
 from jraggym.chats.pace import Pace
 from jraggym.errors import InputError
 
 KEY = "sk-very-secret"
-
-
-def choice(text: str | None, reason="stop", **more):
-    return {"message": {"role": "assistant", "content": text}, "finish_reason": reason, **more}
-
-
-def answer(*choices, prompt=10, completion=6):
-    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-    return {"choices": list(choices), "usage": usage}
-
-
-def said(body, count=None):
-    """What the server says where nothing else was planned: `n` texts that tell the seed."""
-    n = body.get("n", 1) if count is None else count
-    words = body["messages"][-1]["content"]
-    return answer(*(choice(f"{words}/{body['seed']}/{i}") for i in range(n)), completion=3 * n)
-
-
-def refusal(message, code=None):
-    return {"error": {"message": message, "type": "invalid_request_error", "code": code}}
-
-
-@dataclass
-class Misbehaving:
-    """A server; `plan`: what to do with the next requests whose last message is the key, before it answers well."""
-
-    url: str
-    plan: dict[str, list[Any]] = field(default_factory=dict)
-    seen: list[tuple[str | None, dict[str, Any]]] = field(default_factory=list)  # keys and bodies
-    under_way: int = 0
-    most: int = 0  # under way at once
-    lock: Any = field(default_factory=threading.Lock)
-
-    def begin(self, key, body):
-        with self.lock:
-            self.seen.append((key, body))
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-            planned = self.plan.get(body["messages"][-1]["content"])
-            return planned.pop(0) if planned else ("json", 200, said(body))
-
-    def end(self):
-        with self.lock:
-            self.under_way -= 1
-
-
-def handler(server):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            what, *more = server.begin(self.headers.get("Authorization"), body)
-            try:
-                assert self.path == "/v1/chat/completions"
-                if what == "slow":
-                    time.sleep(more[0])
-                    what, more = "json", [200, said(body)]
-                if what == "drip":
-                    more = [200, "\n" * more[0] + json.dumps(said(body))]
-                if what == "alone":
-                    what, more = "json", [200, said(body, 1)]
-                status, content, *headers = more
-                self.send(status, content if what in ("text", "drip") else json.dumps(content), what, *headers)
-            except OSError:
-                pass  # a client that did not wait
-            finally:
-                server.end()
-
-        def send(self, status, text, what, headers=()):
-            data, cut = text.encode(), what == "cut"
-            self.send_response(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            for blank in data[: data.find(b"{")] if what == "drip" else b"":
-                time.sleep(0.05)
-                self.wfile.write(bytes([blank]))
-            data = data[data.find(b"{") :] if what == "drip" else data
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-            self.close_connection = cut or status >= 500
-
-        def log_message(self, *_):
-            pass
-
-    return Handler
-
-
-@contextmanager
-def serving():
-    found = Misbehaving("")
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler(found))
-    found.url = f"http://127.0.0.1:{http.server_port}/v1"
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield found
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
 @pytest.fixture
@@ -299,6 +202,12 @@ def test_a_request_that_the_server_refuses_is_not_repeated(server):
     assert len(server.seen) == 2
 
 
+def test_a_request_for_nothing_is_an_error_of_its_reply(server):
+    replies = endpoint(server)([ask("a", candidates=0), ask("a", candidates=0, temperature=1.0), ask("a")])
+    assert [reply.error is None for reply in replies] == [False, False, True]
+    assert len(server.seen) == 1
+
+
 def test_letters_that_no_encoding_has_raise_nothing(server):
     assert endpoint(server)([ask("half a \ud83d pair")])[0].error is None
 
@@ -358,6 +267,21 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         open_chat(Server(**{"model": "tiny", "base_url": "http://127.0.0.1:1/v1", **settings}))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["server", "--model", "m", "--cache", "a.sqlite"], Server("m", cache=Path("a.sqlite"))),
+        (
+            ["server", "--model", "m", "--key-variable", "K", "--prompt-price", "2", "--tokens-per-minute", "1e5"],
+            Server("m", key_variable="K", prompt_price=2.0, tokens_per_minute=1e5),
+        ),
+        (["local", "--model", "runs/sft/model", "--truncate"], Local("runs/sft/model", truncate=True)),
+    ],
+)
+def test_chat_models_are_named_on_the_command_line(arguments, expected):
+    assert tyro.cli(ChatSpec, args=arguments) == expected  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- the cache
 
 
@@ -402,6 +326,36 @@ def test_answers_that_came_before_a_call_was_ended_are_kept(server, tmp_path):
         endpoint(server, concurrency=1, cache=path)([ask("a"), ask("b")])
     assert endpoint(server, cache=path)([ask("a")])[0].error is None
     assert len(server.seen) == 2
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from jraggym.chat_model import Message, Request
+from jraggym.chats.endpoint import Endpoint, Server
+chat = Endpoint(Server("tiny", sys.argv[1], cache=Path(sys.argv[2]), concurrency=2))
+chat([Request((Message("user", str(i)),)) for i in range(9)])
+"""
+
+
+def test_a_killed_call_pays_for_nothing_twice(server, tmp_path):
+    server.plan = {text: [("hang",)] for text in "567"}
+    path = tmp_path / "answers.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(path)])
+    until(lambda: len(server.seen) == 7, 30.0)  # five answers, and two that hang
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    server.plan.clear()
+    replies = endpoint(server, cache=path)([ask(str(i)) for i in range(9)])
+    assert [reply.completions[0].text for reply in replies] == [f"{i}/0/0" for i in range(9)]
+    assert len(server.seen) == 7 + 4
+
+
+def until(happened, seconds):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def test_a_cache_that_is_none_is_refused(server, tmp_path):

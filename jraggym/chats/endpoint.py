@@ -126,6 +126,8 @@ class Endpoint:
         answers: list[Answer] = []
         error = None
         try:
+            if request.candidates < 1:
+                raise Fault("a request is for at least one candidate", passing=False)
             try:
                 answers.append(self._answer(call, request, wanted, request.seed))
             except Fault as fault:
@@ -136,7 +138,7 @@ class Endpoint:
         except Hopeless as fault:
             remedy = "Check base_url, model, and the key in the environment variable key_variable."
             raise InputError(
-                f"{self.server.base_url} has no {self.server.model} for us", got=fault, remedy=remedy
+                f"{self.server.base_url} refuses all requests to {self.server.model}", got=fault, remedy=remedy
             ) from None
         except Fault as fault:
             error = str(fault)

@@ -85,8 +85,9 @@ class LocalChat:
         groups: dict[tuple[int, Sampling], list[tuple[int, list[int]]]] = defaultdict(list)
         for i, request in enumerate(requests):
             try:
-                drawn = request.candidates if request.temperature else 1  # greedy ones are all alike
-                sampling = Sampling(drawn, request.max_tokens, request.temperature)
+                sampling = Sampling(request.candidates, request.max_tokens, request.temperature)
+                if request.temperature == 0.0:
+                    sampling = replace(sampling, candidates=1)  # greedy ones are all alike
                 ids = self._prompts.ids(request.messages, request.max_tokens)
             except InputError as error:
                 replies[i] = Reply(error=str(error))
