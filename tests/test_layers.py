@@ -34,6 +34,8 @@ ROWS = {
     "jraggym.chats*": 1,
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
     "jraggym.agent_episodes": 3,
+    "jraggym.evidence.training": 3,  # built on the episodes of row 2
+    "jraggym.evidence*": 2,
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
     "train*": 4,
@@ -109,6 +111,9 @@ SIBLINGS = [
     ("jraggym.models.families", "jraggym.models.config_values"),
     ("jraggym.models.decoder", "jraggym.models.attention"),
     ("jraggym.models.likelihood", "jraggym.models.attention"),
+    ("jraggym.evidence.episodes", "jraggym.evidence.proposals"),
+    ("jraggym.models.bert_critic", "jraggym.models.bert"),
+    ("jraggym.models.bert_critic", "jraggym.models.bert_encoder"),
     ("jraggym.recipes.*", "jraggym.recipes.task"),
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
