@@ -1,0 +1,14 @@
+"""Monte-Carlo roll-outs as labels of collected data: four continuations of every candidate.
+
+command   python -m train.label synthhop --model runs/sft/model --data runs/collect/data/data/dataset --out runs/label
+hardware  two CPU cores, about LABEL_TIME
+expected  LABEL_EXPECTED
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jraggym.recipes.labelling import Label
+
+EXPERIMENT = Label(out=Path("runs/label"))
