@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small_jobs import FEW, one_world, small  # noqa: F401 - a fixture
 
-from configs import collect_synthhop, label_synthhop, sft_synthhop
+from configs import collect_synthhop, critic_synthhop, label_synthhop, sft_synthhop
 from eval.agreement import agree, labels_of
 from eval.pooled import Arguments as Pooled
 from eval.pooled import main as pool
@@ -15,7 +16,7 @@ from jraggym.data.process import open_dataset
 from jraggym.errors import InputError
 from jraggym.recipes.collecting import collect_data
 from jraggym.recipes.labelling import How, label_data
-from jraggym.recipes.offline import train_sft
+from jraggym.recipes.offline import train_critic_model, train_sft
 from jraggym.training import Optimization
 from train.job import run_experiment
 
@@ -35,7 +36,7 @@ def warm(root):
 
 @pytest.fixture(scope="module")
 def data(root, warm):
-    job = small(collect_synthhop.EXPERIMENT, root / "collect", model=warm, questions=8, select="first")
+    job = small(collect_synthhop.EXPERIMENT, root / "collect", model=warm, questions=12, select="first")
     return run_experiment(job, collect_data)["data"]
 
 
@@ -65,6 +66,18 @@ def test_a_job_labels_the_same_records(root, warm, data, rewards):
     if rewards != "rollouts":
         assert labels == labels_of(rewards, source), "the same as without a job"
     assert agree(list(source), labels, labels)["all"]["pair_accuracy"] in (None, 1.0)
+
+
+def test_a_critic_job_learns_from_labels_that_form_no_pairs(root, warm, data):
+    outcomes = root / "label-outcome" / "labels" / "outcome" / "dataset"
+    how = {"optimization": FEW, "pairwise": 0.0, "listwise": 1.0, "soft": True}
+    job = small(critic_synthhop.EXPERIMENT, root / "critic", model=warm, data=outcomes, any_label=True, **how)
+    job = replace(job, settings=replace(job.settings, contrasts=4))
+    assert run_experiment(replace(job, data=Path(data)), train_critic_model)["pairs"] >= 0
+    job = replace(job, out=root / "critic-outcome", data=outcomes)
+    assert run_experiment(job, train_critic_model)["pairs"] == 0
+    with pytest.raises(InputError, match="no state has a good candidate"):
+        run_experiment(replace(job, out=root / "critic-pairs", any_label=False), train_critic_model)
 
 
 def test_unknown_and_incomplete_sources_are_refused(root, warm, data):
