@@ -12,7 +12,12 @@ support    the rule-based judge     rollouts   mean outcome of four continuation
 outcome    the episode's outcome, for the executed candidate alone     random     ranks dealt at random
 
 Written down before the runs: support > rollouts > outcome > random, each step by at least .02 EM with an interval
-above 0, pooled over three seeds. About ten minutes a seed on two CPU cores.
+above 0, pooled over three seeds. About ten minutes a seed on two busy CPU cores.
+
+Found, mean EM of seeds 0, 1, 2: rollouts .612, outcome .599, support .583, random .482 (greedy .431). So only the last
+step holds: outcome - random +.117 (+.089 to +.143). Roll-outs beat the rule-based judge by .029 (.011 to .049), and
+roll-outs and outcome cannot be told apart (+.013, -.008 to +.034). The objective is one for all; the main job trains
+on the judge's labels by pairs, and on more questions.
 """
 
 from __future__ import annotations
