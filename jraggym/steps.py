@@ -129,7 +129,8 @@ def pair_critic(config: BertConfig, frozen: int = 0, **how):
 
     def objective(weights: BertCritic, batch: Any, base: Any, key: Array):
         rows = batch.reward.size
-        score = pair_scores(weights, config, *(x.reshape(rows, -1) for x in (batch.ids, batch.kinds)), frozen)
+        ids, kinds = (x.reshape(rows, -1) for x in (batch.ids, batch.kinds))
+        score = pair_scores(weights, config, ids, kinds, frozen)
         return critic_loss(score.reshape(batch.reward.shape), batch, **how)
 
     return objective

@@ -36,6 +36,7 @@ ROWS = {
     "jraggym.agent_episodes": 3,
     "jraggym.evidence.training": 3,  # built on the episodes of row 2
     "jraggym.evidence*": 2,
+    "jraggym.sources*": 3,
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
     "train*": 4,
@@ -114,6 +115,10 @@ SIBLINGS = [
     ("jraggym.evidence.episodes", "jraggym.evidence.proposals"),
     ("jraggym.models.bert_critic", "jraggym.models.bert"),
     ("jraggym.models.bert_critic", "jraggym.models.bert_encoder"),
+    ("jraggym.sources.*", "jraggym.labelling"),
+    ("jraggym.sources.*", "jraggym.sources.table"),
+    ("jraggym.sources.*", "jraggym.sources.wording"),
+    ("jraggym.sources.rollouts", "jraggym.rollout"),
     ("jraggym.recipes.*", "jraggym.recipes.task"),
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
@@ -121,6 +126,7 @@ SIBLINGS = [
     ("jraggym.recipes.offline", "jraggym.recipes.*"),
     ("jraggym.recipes.online", "jraggym.recipes.*"),
     ("jraggym.recipes.collecting", "jraggym.recipes.*"),
+    ("jraggym.recipes.labelling", "jraggym.recipes.*"),
     ("train.*", "train.results"),
     ("train.*", "train.job"),
     ("train.*", "eval.report"),
