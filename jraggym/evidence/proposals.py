@@ -23,7 +23,7 @@ from jraggym.types import Document, Search, State
 
 _WORD = r"[A-Z0-9][\w'’.\-]*"
 _INNER = r"(?:of|the|and|de|in|la|von|van|for|du|der|on|&|to|a|at|del|di|da|el|al)"
-_NAME = re.compile(rf"{_WORD}(?:\s+(?:{_INNER}\s+)*{_WORD})*")
+_NAME = re.compile(rf"{_WORD}(?:\s+{_WORD}|(?:\s+{_INNER})+\s+(?=[A-Z]){_WORD})*")  # not "Ai Weiwei in 2017"
 _OPENERS = frozenset(
     "a after an and are as at before by did do does during for from he her his how in is it its of on or she that the"
     " their there these they this those to was were what when where which who whom whose why with".split()
