@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jraggym.chat_model import Message
 from jraggym.errors import InputError
 from jraggym.text.actions import END_THINK, THINK, format_action
 from jraggym.text.batching import Codec, Row
@@ -27,6 +28,25 @@ As soon as you know the answer, write {format_action(Answer("the answer in as fe
 You may think first: {THINK} your thoughts{END_THINK} and then the action, all in one reply.
 You are shown the {QUESTION}, your earlier actions, and each {DOCUMENT} that they found. {NOTHING} means that a search \
 found no document, {MALFORMED} that a reply was no action, and {FINISH} that you have to answer now."""
+
+
+def chat_ids(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation up to where the assistant begins to write.
+
+    Where a family has no system role, such a message stands in front of the next one. Only the system's words are
+    ours: special tokens in all others are broken up. Raises InputError when the template refuses the messages.
+    """
+    shown, before = [], ""
+    for message in messages:
+        if message.role == "system" and not tokenizer.has_system:
+            before += f"{message.content}\n\n"
+            continue
+        content = message.content if message.role == "system" else tokenizer.defuse(message.content)
+        shown.append({"role": message.role, "content": before + content})
+        before = ""
+    if before:
+        shown.append({"role": "user", "content": before.strip()})
+    return tokenizer.chat(shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +73,7 @@ class ChatCodec(Codec):
 
     def prompt_ids(self, segments: Sequence[str]) -> list[int]:
         """Ids of the conversation up to where the assistant begins to write."""
-        text = self.tokenizer.defuse("".join(segments))
-        if self.tokenizer.has_system:
-            return self.tokenizer.chat(
-                [{"role": "system", "content": self.instruction}, {"role": "user", "content": text}]
-            )
-        return self.tokenizer.chat([{"role": "user", "content": f"{self.instruction}\n\n{text}"}])
+        return chat_ids(self.tokenizer, (Message("system", self.instruction), Message("user", "".join(segments))))
 
     def episode(self, final: State) -> Row:
         """Raises InputError: the turns of an episode are conversations of their own, see `imitations`."""
