@@ -8,14 +8,15 @@ these questions train a critic each, all for the same number of steps. On the te
 samples of the warm start at every state; and that of 560 questions among 1, 2, 4, 8 and 16.
 
 Written down before the run: EM rises along both curves, the end above the start by at least .02 with an interval above
-0, pooled over three seeds. About ten minutes a seed on two CPU cores. Writes scaling.svg and results.json into --out; an
-unfinished run is continued.
+0, pooled over three seeds. About ten minutes a seed on two CPU cores. Writes scaling.svg and results.json into --out,
+and continues an unfinished run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ def summary(curves: Curves) -> dict[str, Any]:
 def _claim(points: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
     mean, low, high = pooled_difference(list(zip(points[-1], points[0], strict=True)))
     means = [float(np.mean([em.mean() for em in seeds])) for seeds in points]
-    rises = all(b >= a for a, b in zip(means, means[1:], strict=False))
+    rises = all(b >= a for a, b in itertools.pairwise(means))
     return {"gain": mean, "interval": [low, high], "rises": rises, "holds": bool(mean >= LEAST and low > 0)}
 
 

@@ -33,7 +33,7 @@ ROWS = {
     **dict.fromkeys((f"jraggym.chats.{name}" for name in ("local", "critic", "opening")), 3),
     "jraggym.chats*": 1,
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
-    "jraggym.agent_episodes": 3,
+    **dict.fromkeys(("jraggym.agent_episodes", "jraggym.episode_log"), 3),
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
     "train*": 4,
@@ -112,6 +112,7 @@ SIBLINGS = [
     ("jraggym.recipes.*", "jraggym.recipes.task"),
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
+    ("jraggym.recipes.scaling", "jraggym.recipes.*"),
     ("jraggym.recipes.experiment", "jraggym.recipes.*"),
     ("jraggym.recipes.offline", "jraggym.recipes.*"),
     ("jraggym.recipes.online", "jraggym.recipes.*"),
