@@ -170,10 +170,10 @@ def _page(run: Run, example: Example, episode: Episode) -> dict[str, Any]:
     """An episode for the browser: its turns and its answer, each with the candidates where a model was asked."""
     scores, final = outcome(episode.trajectory.final, example), episode.trajectory.final
     decided = {len(step.state.turns): step for step in episode.trajectory.steps}
-    steps = []
+    steps: list[dict[str, Any]] = []
     for number in sorted({*range(len(final.turns)), *decided}):
         turn = final.turns[number] if number < len(final.turns) else None
-        candidates = []
+        candidates: list[dict[str, Any]] = []
         if number in decided:
             step, last = decided[number], number + 1 >= run.results["rules"]["max_turns"]
             for place, c in enumerate(step.candidates):
@@ -182,8 +182,9 @@ def _page(run: Run, example: Example, episode: Episode) -> dict[str, Any]:
                 candidates.append({"text": c.text, "read": read, "chosen": place == step.chosen, **numbers})
         elif turn is not None:  # a search that needs no model, or a call that failed
             read = _read(turn.action, "")
-            alone = {"text": "", "read": read, "chosen": True, "reward": None, "score": None, "logprob": None}
-            candidates.append(alone)
+            candidates.append(
+                {"text": "", "read": read, "chosen": True, "reward": None, "score": None, "logprob": None}
+            )
         documents = [{"title": d.title, "text": d.text} for d in turn.documents] if turn else []
         told = {"error": turn.error, "digest": turn.digest} if turn else {"error": None, "digest": None}
         steps.append({"candidates": candidates, "documents": documents, **told})

@@ -33,7 +33,7 @@ ROWS = {
     **dict.fromkeys((f"jraggym.chats.{name}" for name in ("local", "critic", "opening")), 3),
     "jraggym.chats*": 1,
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
-    **dict.fromkeys(("jraggym.agent_episodes", "jraggym.episode_log"), 3),
+    **dict.fromkeys(("jraggym.agent_episodes", "jraggym.episode_log", "jraggym.ask"), 3),
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "configs*": 3.75,
     "train*": 4,
@@ -79,6 +79,8 @@ SIBLINGS = [
     ("jraggym.agents.*", "jraggym.agents.prompts"),
     ("jraggym.agents.search_o1", "jraggym.agents.react"),
     ("jraggym.agents.iter_retgen", "jraggym.agents.rag"),
+    ("jraggym.ask", "jraggym.agent_episodes"),
+    ("jraggym.ask", "jraggym.scripted"),
     ("jraggym.agent_episodes", "jraggym.episodes"),
     ("jraggym.agent_episodes", "jraggym.labelling"),
     ("jraggym.agent_episodes", "jraggym.scripted"),

@@ -159,7 +159,7 @@ def train_critic_model(
         critic = place(critic, shardings(table, ready.mesh))
     names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
     objective = steps.critic(ready.net, **{name: getattr(experiment, name) for name in names})
-    learn, held = _held_out(list(open_dataset(experiment.data)))
+    learn, held = held_out(list(open_dataset(experiment.data)))
     run = Run(objective, experiment.optimization, labelled(shop, learn), ready.frozen, experiment.seed, ready.mesh)
     critic = _fit(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
@@ -176,8 +176,8 @@ def judge_agreement(shop: Workshop, ready: Placed, critic: Any, records: Sequenc
     return total.summary()
 
 
-def _held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
-    """The records of nine tenths of the questions, and those of the rest."""
+def held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
+    """The records of nine tenths of the questions, and those of the rest; InputError for fewer than ten questions."""
     questions = sorted({record.example_id for record in records})
     if len(questions) < 10:
         raise InputError("too few questions to hold some out", got=len(questions), remedy="Collect ten or more.")
