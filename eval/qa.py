@@ -64,9 +64,11 @@ def table(results: dict[str, Any]) -> str:
     for name, found in results["metrics"].items():
         low, high = found["interval"]
         lines.append(f"{name:10} {found['mean']:.3f}  ({low:.3f} to {high:.3f})")
-    costs = ", ".join(f"{name} {value:,.4g}" for name, value in results["costs"].items())
-    faults = ", ".join(f"{name} {value}" for name, value in results["faults"].items())
-    return "\n".join([*lines, f"a question: {costs}", f"in all: {faults}"])
+    costs = dict(results["costs"])
+    in_all = {**results["faults"], "dollars": f"{costs.pop('dollars_in_all'):,.4g}"}
+    means = ", ".join(f"{name} {value:,.4g}" for name, value in costs.items())
+    sums = ", ".join(f"{name} {value}" for name, value in in_all.items())
+    return "\n".join([*lines, f"a question: {means}", f"in all: {sums}"])
 
 
 def main() -> None:

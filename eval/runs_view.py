@@ -144,7 +144,8 @@ def _tests(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     for left, right in itertools.combinations(runs, 2):
         ours, theirs = left.results["each"], right.results["each"]
         places = {id: place for place, id in enumerate(theirs["id"])}
-        pair = {"left": left.name, "right": right.name, "folders": f"{left.folder} − {right.folder}"}
+        pair: dict[str, Any] = {"left": left.name, "right": right.name, "folders": f"{left.folder} − {right.folder}"}
+        pair["unequal"] = len({run.results["rules"]["max_turns"] for run in (left, right)}) > 1
         if set(places) != set(ours["id"]):
             yield {**pair, "differences": None}
             continue

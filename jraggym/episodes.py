@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jraggym.environment import transition, wants_retrieval
+from jraggym.errors import InputError
 from jraggym.labelling import Judge
 from jraggym.retrieval.guard import guarded
 from jraggym.selection import SELECTORS
@@ -87,10 +88,16 @@ class Episodes:
         *,
         slots: int | None = None,
         shards: int = 1,
+        starts: Sequence[State] | None = None,
     ):
+        """`starts` are the states that the episodes go on from; by default every one starts with its question."""
         self.examples, self.rules = tuple(examples), rules
         self._codec, self._retriever = codec, retriever
-        self._states = [State(example.question) for example in examples]
+        self._states = [State(example.question) for example in examples] if starts is None else list(starts)
+        if len(self._states) != len(examples) or any(state.done for state in self._states):
+            ended = sum(state.done for state in self._states)
+            got = f"{len(self._states)} states for {len(examples)} examples, {ended} of them over"
+            raise InputError("episodes cannot start here", got=got, remedy="Give each example an open state.")
         self._names = episode_names(examples)
         self._steps: list[list[Step]] = [[] for _ in examples]
         size = len(examples) if slots is None else slots
@@ -122,7 +129,7 @@ class Episodes:
                 prompt = self._codec.prompt(self._states[number])
                 ids[i, size - len(prompt) :] = prompt
                 mask[i, size - len(prompt) :] = True
-                opened[i], turn[i] = True, len(self._steps[number])
+                opened[i], turn[i] = True, len(self._states[number].turns)
                 name[i] = zlib.crc32(self._names[number].encode())
         return ids, mask, opened, name, turn
 
@@ -196,7 +203,7 @@ class Episodes:
 
     def _select(self, number: int, candidates: Sequence[Candidate]) -> int:
         # The generator depends on the example and the turn alone, not on the batch that the episode runs in.
-        rng = random.Random(f"{self.rules.seed}/{self._names[number]}/{len(self._steps[number])}")
+        rng = random.Random(f"{self.rules.seed}/{self._names[number]}/{len(self._states[number].turns)}")
         chosen = candidates[SELECTORS[self.rules.select](candidates, rng)]
         # Equal texts are one action. The first stands for all: their scores differ by rounding, which must not choose.
         return next(i for i, candidate in enumerate(candidates) if candidate.text == chosen.text)

@@ -29,7 +29,7 @@ from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
 from jraggym.sampling import Samples, Sampling, sample
 from jraggym.sharding import batch_sharding, batch_shards, place
 from jraggym.text.batching import Codec
-from jraggym.types import Example, Trajectory
+from jraggym.types import Example, State, Trajectory
 
 # Bytes of a callback's operand. JAX hands operands over as arrays of its own, and those above 100 KB are filled by
 # the very threads that wait in the callbacks: with as many devices as threads, none is left to do it.
@@ -94,9 +94,11 @@ class Rollout:
         rules: Rules | None = None,
         retriever: Retriever | None = None,
         report: Callable[[int], None] | None = None,
+        starts: Sequence[State] | None = None,
     ) -> list[Trajectory]:
         """The episodes of `examples`, in order; a result depends on (key, example), not on the batch.
 
+        With `starts`, one open state for each example, the episodes go on from there, and their steps begin there.
         Other `rules` (with a judge if and only if the rollout's own have one, and no more turns) and a `retriever`
         with the same encoder live on the host: they replace the rollout's own without a new compilation. `report` gets
         the number of finished episodes at each step; it runs in a callback, so it must not call jax.
@@ -108,7 +110,7 @@ class Rollout:
         codec, shards = replace(self._codec, max_turns=rules.max_turns), 1
         if self._mesh is not None:
             shards = batch_shards(self._mesh)
-        episodes = Episodes(examples, codec, retriever, rules, slots=self._batch, shards=shards)
+        episodes = Episodes(examples, codec, retriever, rules, slots=self._batch, shards=shards, starts=starts)
         rows = np.arange(self._batch, dtype=np.int32)
         inputs = (rows, *episodes.prompts(rows))
         if self._mesh is not None:

@@ -17,6 +17,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jraggym.batch import ProcessBatch
+from jraggym.models.bert import BertConfig
+from jraggym.models.bert_critic import BertCritic, pair_scores
 from jraggym.models.critic import Critic
 from jraggym.models.decoder import Decoder, DecoderConfig
 from jraggym.models.lora import Lora, adapt
@@ -117,6 +119,19 @@ def critic(net: Network, **how):
 
     def objective(weights: Critic, batch: ProcessBatch, frozen: Any, key: Array):
         return critic_loss(net.scores(net.critic(weights, frozen, key), batch), batch, **how)
+
+    return objective
+
+
+@functools.cache
+def pair_critic(config: BertConfig, frozen: int = 0, **how):
+    """A critic of pairs of texts, see `pair_scores`, on batches of `evidence.training`; `how` goes to `critic_loss`."""
+
+    def objective(weights: BertCritic, batch: Any, base: Any, key: Array):
+        rows = batch.reward.size
+        ids, kinds = (x.reshape(rows, -1) for x in (batch.ids, batch.kinds))
+        score = pair_scores(weights, config, ids, kinds, frozen)
+        return critic_loss(score.reshape(batch.reward.shape), batch, **how)
 
     return objective
 

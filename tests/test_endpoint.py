@@ -67,7 +67,7 @@ def test_replies_stand_in_the_order_of_requests_and_equal_ones_are_asked_once(se
 
 
 def test_no_more_requests_are_under_way_than_allowed(server):
-    server.plan = {str(i): [("slow", 0.05)] for i in range(8)}
+    server.plan = {str(i): [("slow", 0.15)] for i in range(8)}
     endpoint(server, concurrency=3)([ask(str(i)) for i in range(8)])
     assert server.most == 3
 
@@ -137,14 +137,14 @@ PASSING = [
     *((("json", status, refusal("later")), f"the server answered {status}: later") for status in (408, 409, 429, 503)),
     (("text", 500, "<html>\x1b[31moops"), "the server answered 500: <html> [31moops"),
     (("cut", 200, said({"messages": [{"content": "a"}], "seed": 0})), "no answer: RemoteProtocolError"),
-    (("slow", 0.6), "no answer: ReadTimeout"),
+    (("hang",), "no answer: ReadTimeout"),
     *((plan, "the answer cannot be read") for plan in MALFORMED),
 ]
 
 
 @pytest.mark.parametrize(("plan", "message"), PASSING)
 def test_a_fault_that_passes_is_retried_and_one_that_stays_is_recorded(server, plan, message):
-    chat = endpoint(server, attempts=2, timeout=0.3)
+    chat = endpoint(server, attempts=2, timeout=1.0 if plan == ("hang",) else 10.0)
     server.plan = {"twice": [plan, plan], "once": [plan]}
     once, twice, never = chat([ask("once"), ask("twice"), ask("never")])
     assert once.error is None

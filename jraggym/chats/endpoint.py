@@ -81,7 +81,8 @@ class _Call:
 class Endpoint:
     """The `ChatModel` of a server.
 
-    A reply from the cache says what it cost when it was paid for; `usage` counts what this object has paid itself.
+    Greedy candidates are asked for once and repeated. A reply from the cache says what it cost when it was paid for;
+    `usage` counts what this object has paid itself.
     """
 
     def __init__(self, server: Server):

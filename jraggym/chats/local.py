@@ -69,7 +69,10 @@ def width(count: int, least: int) -> int:
 
 
 class LocalChat:
-    """The `ChatModel` of an actor; log-probabilities are the model's own, before temperature, its stop included."""
+    """The `ChatModel` of an actor; greedy candidates are one, repeated.
+
+    Tokens and log-probabilities include the stop; the latter are the model's own, before temperature.
+    """
 
     def __init__(self, model: Model, *, max_prompt: int = 4_096, truncate: bool = False, rows: int = 8):
         """Args as of `Local`. Raises InputError for a model that is no actor or has no chat template."""

@@ -90,11 +90,12 @@ _LINEAR = {"out": "attention.output.dense", "up": "intermediate.dense", "down": 
 _NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
 
 
-def token_states(params: Bert, config: BertConfig, ids: Array, mask: Array) -> Array:
+def token_states(params: Bert, config: BertConfig, ids: Array, mask: Array, frozen: int = 0) -> Array:
     """Gives the last layer's state of every token, f32 [Q, T, D], for ids int32 [Q, T].
 
     Args:
       mask: bool [Q, T], or int8 [Q, T] with the segment of each token, 1 or 2; False or 0 is padding.
+      frozen: no gradient reaches the embeddings and this many of the first layers, nor is one computed; 0: all learn.
     """
     q, t = ids.shape
     kind = params.kind[0] if mask.dtype == bool else params.kind[jnp.maximum(mask.astype(jnp.int32) - 1, 0)]
@@ -109,7 +110,14 @@ def token_states(params: Bert, config: BertConfig, ids: Array, mask: Array) -> A
         hidden = jax.nn.gelu(_dense(layer.up, x), approximate=False)
         return _normalise(layer.output_norm, x + _dense(layer.down, hidden), config.layer_norm_eps), None
 
-    return jax.lax.scan(step, x, params.layers)[0].reshape(q, t, -1)
+    lower, upper = (jax.tree.map(lambda leaf, part=part: leaf[part], params.layers) for part in _parts(frozen))
+    if frozen:
+        x = jax.lax.stop_gradient(jax.lax.scan(step, x, lower)[0])
+    return jax.lax.scan(step, x, upper)[0].reshape(q, t, -1)
+
+
+def _parts(frozen: int) -> tuple[slice, slice]:
+    return slice(frozen), slice(frozen, None)
 
 
 def _attend(qkv: Array, bias: Array) -> Array:

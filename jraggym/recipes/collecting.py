@@ -15,10 +15,12 @@ from jraggym.recipes.quickstart import Workshop, collect_round, collector
 
 @dataclass(frozen=True)
 class Collect(Experiment):
-    """Runs the actor on questions that it was not trained on; the judge ranks K samples and the best is executed."""
+    """Runs the actor on questions that it was not trained on; the judge ranks K samples, one of which is executed."""
 
     model: Path = Path("runs/sft/model")
     questions: int = 560
+    select: str = "reward"
+    """Which candidate is executed: reward (the judge's best) or first (a random sample: the actor's own episodes)."""
     skip: int = 0
     """Leave out so many questions behind the demonstrations, which an earlier collection used."""
 
@@ -27,7 +29,9 @@ def collect_data(experiment: Collect, shop: Workshop, start: Model, log: Log) ->
     """Writes `out`/data and returns what is in it."""
     examples = shop.task.train.examples
     fresh = examples[shop.settings.demonstrations + experiment.skip :] or examples[experiment.skip :]
-    records = collect_round(shop, "data", start.weights, fresh[: experiment.questions], collector(shop))
+    records = collect_round(
+        shop, "data", start.weights, fresh[: experiment.questions], collector(shop, experiment.select)
+    )
     rewards = [c.reward for record in records for c in record.candidates if c.reward is not None]
     found = {
         "states": len(records),

@@ -24,6 +24,7 @@ from jraggym.models.decoder import init
 from jraggym.models.lora import lora_specs
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
+from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
     Workshop,
     batch_of,
@@ -85,6 +86,9 @@ class CriticTraining(Experiment):
     below: float = 0.75
     centre: float = 0.0
     soft: bool = False
+    any_label: bool = False
+    """Learn from every labelled candidate, as labels that are no ranks need it, and not only from states with a good
+    candidate beside a worse one. Goes with --pairwise 0 --listwise 1 --soft."""
     likelihood: bool = True
     """Add the trunk's own log-probability of the action to the score; see models/critic.py."""
 
@@ -160,20 +164,22 @@ def train_critic_model(
     names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
     objective = steps.critic(ready.net, **{name: getattr(experiment, name) for name in names})
     learn, held = held_out(list(open_dataset(experiment.data)))
-    run = Run(objective, experiment.optimization, labelled(shop, learn), ready.frozen, experiment.seed, ready.mesh)
+    rows_of = judged if experiment.any_label else preferences
+    batches = shuffled(shop, rows_of(shop, learn))
+    run = Run(objective, experiment.optimization, batches, ready.frozen, experiment.seed, ready.mesh)
     critic = _fit(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
-    result = judge_agreement(shop, ready, whole, held)
+    result = judge_agreement(shop, ready, whole, rows_of(shop, held))
     return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result
 
 
-def judge_agreement(shop: Workshop, ready: Placed, critic: Any, records: Sequence[ProcessRecord]) -> dict[str, Any]:
-    """Pair accuracy, accuracy by rank distance and calibration on all states of the records."""
-    net, size, rows = dataclasses.replace(ready.net, lora=None), shop.settings.states, preferences(shop, records)
+def judge_agreement(shop: Workshop, ready: Placed, critic: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """Pair accuracy, accuracy by rank distance and calibration on all rows; no pairs where one label stands alone."""
+    net, size = dataclasses.replace(ready.net, lora=None), shop.settings.states
     count = jax.jit(lambda weights, batch: agreement(net.scores(weights, batch), batch))
     parts = [count(critic, batch_of(shop, rows[at : at + size], size)) for at in range(0, len(rows), size)]
     total: Agreement = functools.reduce(operator.add, parts)
-    return total.summary()
+    return total.summary() if float(total.pairs.sum()) else {"pairs": 0}
 
 
 def held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:

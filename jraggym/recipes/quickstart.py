@@ -201,11 +201,11 @@ def collect_round(
     return list(build_dataset(folder / "dataset", records))
 
 
-def collector(shop: Workshop) -> Rollout:
-    """The rollout of both collections: the judge ranks K samples and the best is executed."""
+def collector(shop: Workshop, select: str = "reward") -> Rollout:
+    """The rollout of a collection: the judge ranks K samples, and by default the best is executed."""
     settings = shop.settings
     sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
-    rules = Rules(settings.max_turns, "reward", shop.task.judge, seed=settings.seed)
+    rules = Rules(settings.max_turns, select, shop.task.judge, seed=settings.seed)
     return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
 
 

@@ -1,0 +1,71 @@
+"""Episodes of evidence search: at every step one proposal of each state is carried out.
+
+Each search reads the best documents that were not read before, so `searches` times `documents` are read in all, as
+many different ones as a single search for so many would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jraggym.evidence.proposals import Proposal, propose
+from jraggym.types import Document, Example, Search, State, Turn
+
+Lookup = Callable[[Sequence[str], int], Sequence[Sequence[Document]]]  # queries and k -> the k best of each
+Proposals = Sequence[Proposal]
+Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[int]]  # which proposal of each state is carried out
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an episode may do; `around` is the number of words on either side of a name that a critic reads."""
+
+    searches: int = 4
+    documents: int = 5  # of each search, none of them read before
+    around: int = 6
+
+    @property
+    def read(self) -> int:
+        """Documents read in all."""
+        return self.searches * self.documents
+
+
+def search_evidence(examples: Sequence[Example], lookup: Lookup, choose: Choose, budget: Budget) -> list[State]:
+    """The state of each question after all its searches; a state without proposals searches no more."""
+    states = [State(example.question) for example in examples]
+    for _ in range(budget.searches):
+        offered = [propose(state, budget.around) for state in states]
+        rows = [i for i, proposals in enumerate(offered) if proposals]
+        chosen = choose([states[i] for i in rows], [offered[i] for i in rows])
+        queries = [offered[i][number].query for i, number in zip(rows, chosen, strict=True)]
+        found = lookup(queries, budget.read)
+        for i, query, hits in zip(rows, queries, found, strict=True):
+            turn = Turn(Search(query), unread(states[i], hits)[: budget.documents])
+            states[i] = State(states[i].question, (*states[i].turns, turn))
+    return states
+
+
+def unread(state: State, documents: Sequence[Document]) -> tuple[Document, ...]:
+    """Those that no earlier search of the state brought."""
+    seen = read_ids(state)
+    return tuple(document for document in documents if document.id not in seen)
+
+
+def read_ids(state: State) -> set[str]:
+    """The ids of all documents read."""
+    return {document.id for turn in state.turns for document in turn.documents}
+
+
+def complete(state: State, example: Example) -> bool:
+    """Has all supporting evidence been read?"""
+    return set(example.support) <= read_ids(state)
+
+
+def gains(example: Example, state: State, proposals: Proposals, found: Sequence[Sequence[Document]]) -> list[float]:
+    """The process reward of each proposal at a state: the share of the evidence still missing that it would bring."""
+    missing = set(example.support) - read_ids(state)
+    return [
+        len(missing & {document.id for document in documents}) / max(len(missing), 1)
+        for _, documents in zip(proposals, found, strict=True)
+    ]

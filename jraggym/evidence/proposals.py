@@ -1,0 +1,88 @@
+"""Proposals: the searches that a state suggests by the names in its question and in the documents read so far.
+
+    question   When did the director of film Human Flow die?
+    read       Human Flow: ... directed by Ai Weiwei ...
+
+    query                                  why, which is what a critic reads beside the question
+    (the question)                         the question itself
+    Human Flow Human Flow When did ...     Human Flow | question
+    Ai Weiwei Ai Weiwei When did ...       Ai Weiwei | Human Flow: German documentary film directed by Ai Weiwei ...
+
+A name comes twice in its query, so that BM25 weighs it above the words of the question, which say what is asked of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jraggym.metrics import normalize_answer
+from jraggym.types import Document, Search, State
+
+_WORD = r"[A-Z0-9][\w'’.\-]*"
+_INNER = r"(?:of|the|and|de|in|la|von|van|for|du|der|on|&|to|a|at|del|di|da|el|al)"
+_NAME = re.compile(rf"{_WORD}(?:\s+(?:{_INNER}\s+)*{_WORD})*")
+_OPENERS = frozenset(
+    "a after an and are as at before by did do does during for from he her his how in is it its of on or she that the"
+    " their there these they this those to was were what when where which who whom whose why with".split()
+)
+_EDGES = " .,;:'’-"
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A candidate search, and why: what a critic reads about it beside the question."""
+
+    query: str
+    why: str
+
+
+def names(text: str) -> list[str]:
+    """Runs of capitalised words and numbers, in order, each once: "who directed The Lion of Thebes?" has one."""
+    return list(dict.fromkeys(filter(None, map(_trimmed, _NAME.findall(text)))))
+
+
+def _trimmed(run: str) -> str:
+    """Without an opening such as "When" or "In The", and without a possessive; empty when no name is left."""
+    words = run.split()
+    while words and words[0].lower().strip(_EDGES) in _OPENERS:
+        words.pop(0)
+    name = re.sub(r"['’]s?$", "", " ".join(words).strip(_EDGES))
+    return name if len(name) > 2 and not name.isdigit() else ""
+
+
+def propose(state: State, around: int = 8) -> tuple[Proposal, ...]:
+    """The searches that a state suggests: its question, the names in it, and titles and names read, in this order.
+
+    Left out are queries asked before, and names whose own document has been read. `around` is the number of words on
+    either side of a name that a critic reads.
+    """
+    asked = {turn.action.query for turn in state.turns if isinstance(turn.action, Search)}
+    read = [document for turn in state.turns for document in turn.documents]
+    known = {normalize_answer(document.title) for document in read}
+    found = {} if state.turns else {"": Proposal(state.question, "the question itself")}
+    for name, where in _named(state.question, read, around):
+        key = normalize_answer(name)
+        if key not in known and key not in found:
+            found[key] = Proposal(f"{name} {name} {state.question}", f"{name} | {where}")
+    return tuple(proposal for proposal in found.values() if proposal.query not in asked)
+
+
+def _named(question: str, read: list[Document], around: int) -> Iterator[tuple[str, str]]:
+    """Each name, and where it stands."""
+    yield from ((name, "question") for name in names(question))
+    for document in read:
+        yield from _mentions(document, around)
+
+
+@lru_cache(maxsize=1 << 16)
+def _mentions(document: Document, around: int) -> tuple[tuple[str, str], ...]:
+    """The names in a document, each with the document's title and the words around its first mention."""
+    return tuple((name, f"{document.title}: {_around(document.text, name, around)}") for name in names(document.text))
+
+
+def _around(text: str, name: str, words: int) -> str:
+    before, found, after = text.partition(name)
+    return " ".join([*before.split()[-words:], found, *after.split()[:words]])

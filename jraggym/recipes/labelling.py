@@ -1,0 +1,152 @@
+"""Labelling collected data by any source of process rewards, and critics that learn from such labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jraggym import steps
+from jraggym.data.process import ChunkStore, ProcessRecord, ProcessSource, build_dataset, open_dataset
+from jraggym.episodes import Rules
+from jraggym.errors import InputError
+from jraggym.labelling import RewardSource
+from jraggym.model_folder import Model
+from jraggym.models.critic import Critic, critic_specs
+from jraggym.models.decoder import Decoder, init
+from jraggym.recipes.experiment import Experiment, Log
+from jraggym.recipes.quickstart import Workshop, shuffled
+from jraggym.rollout import Policy, Rollout
+from jraggym.sampling import Sampling
+from jraggym.sources.control import random_source
+from jraggym.sources.human import human_source
+from jraggym.sources.outcome import outcome_source
+from jraggym.sources.relabel import decisions, relabel
+from jraggym.sources.rollouts import RolloutSource
+from jraggym.sources.support import support_source
+from jraggym.text.batching import Row
+from jraggym.training import Run
+
+SOURCES = ("support", "rollouts", "outcome", "random", "human")
+
+
+@dataclass(frozen=True)
+class How:
+    """What the sources that need something are given."""
+
+    continuations: int = 4
+    """Episodes from the state after each candidate (rollouts)."""
+    metric: str = "em"
+    """Outcome of an episode: em or f1 (rollouts, outcome)."""
+    sheet: Path | None = None
+    """The jsonl file with the labels (human)."""
+
+
+@dataclass(frozen=True)
+class Label(Experiment):
+    """Puts another source's process rewards on collected data."""
+
+    model: Path = Path("runs/sft/model")
+    """The actor: continues the roll-outs."""
+    data: Path = Path("runs/collect/data/data/dataset")
+    """Dataset of train.collect, in the world of the same seed and settings."""
+    rewards: str = "rollouts"
+    """support, rollouts, outcome, random or human; see jraggym/sources."""
+    how: How = field(default_factory=How)
+
+
+def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tuple[None, dict[str, Any]]:
+    """Writes `out`/labels/REWARDS and returns what is in it."""
+    data = open_dataset(experiment.data)
+    source = source_of(shop, experiment.rewards, data, start.weights, experiment.how)
+    rewards = [c.reward for record in label(shop, experiment.rewards, source, data) for c in record.candidates]
+    known = [reward for reward in rewards if reward is not None]
+    found = {
+        "candidates": len(rewards),
+        "labelled": len(known),
+        "reward": sum(known) / max(len(known), 1),
+        "data": str(_folder(shop, experiment.rewards) / "dataset"),
+    }
+    log("label", 0, {key: value for key, value in found.items() if isinstance(value, float | int)})
+    return None, found
+
+
+def source_of(shop: Workshop, name: str, records: Iterable[ProcessRecord], actor: Decoder, how: How) -> RewardSource:
+    """The named source for these records; InputError for an unknown name, or for human labels without a sheet."""
+    if name == "support":
+        return support_source(shop.task.judge)
+    if name == "rollouts":
+        return RolloutSource(
+            continuing(shop), Policy(shop.config, actor), shop.key(name), how.continuations, how.metric
+        )
+    if name == "outcome":
+        return outcome_source(records, how.metric)
+    if name == "random":
+        return random_source(shop.settings.seed)
+    if name != "human":
+        raise InputError("unknown source of rewards", got=repr(name), remedy=f"Use one of {', '.join(SOURCES)}.")
+    if how.sheet is None:
+        raise InputError("human labels stand in a file", got="none", remedy="Name it with --how.sheet.")
+    return human_source(how.sheet)
+
+
+def continuing(shop: Workshop) -> Rollout:
+    """The rollout of Monte-Carlo continuations: the policy's own episodes, one action a turn."""
+    settings = shop.settings
+    sampling = Sampling(1, settings.max_action, settings.temperature)
+    rules = Rules(settings.max_turns, seed=settings.seed)
+    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=2 * settings.episodes)
+
+
+def label(shop: Workshop, name: str, source: RewardSource, data: ProcessSource) -> list[ProcessRecord]:
+    """The records under the source's labels, stored as a dataset under `out`/labels/`name`; resumable."""
+    examples = {example.id: example for example in shop.task.train.examples}
+    count = len({record.example_id for record in data})
+    settings = {"source": name, "records": data.digest, "settings": shop.settings.fingerprint()}
+    records = relabel(
+        data,
+        source,
+        ChunkStore(_folder(shop, name) / "chunks", settings),
+        name=name,
+        decide=functools.partial(
+            decisions, examples=examples, retriever=shop.train_retriever, max_turns=shop.settings.max_turns
+        ),
+        report=lambda done: shop.progress(f"label, {name}", done, count, None),
+    )
+    return list(build_dataset(_folder(shop, name) / "dataset", records))
+
+
+def _folder(shop: Workshop, name: str) -> Path:
+    return shop.out / "labels" / name
+
+
+def judged(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
+    """Every state with a labelled candidate, with its distinct labelled candidates, at most `contrasts` of them.
+
+    Unlabelled candidates are left out, and no label is read as good or bad: any source's rewards will do.
+    """
+    rows = [row for record in records if (row := _row(shop, record)) is not None]
+    if not rows:
+        raise InputError("no state has a labelled candidate", got="0 rows", remedy="Choose another source.")
+    return rows
+
+
+def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
+    labels = {c.text: c.reward for c in record.candidates if c.reward is not None}
+    # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
+    ids = shop.codec.encode(list(labels))
+    texts = [text for text, i in zip(labels, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
+    texts = texts[: shop.settings.contrasts]
+    return shop.codec.row(record.state, texts, [labels[text] for text in texts]) if texts else None
+
+
+def critic_of_any_labels(shop: Workshop, name: str, actor: Decoder, rows: Sequence[Row]) -> Critic:
+    """A critic on the actor's trunk from rewards of any source: their order within a state, and their height."""
+    start = dataclasses.replace(init(critic_specs(shop.config, likelihood=True), shop.key("critic")), trunk=actor)
+    objective = steps.critic(
+        steps.Network(shop.config), pairwise=0.0, listwise=1.0, pointwise=shop.settings.pointwise, soft=True, centre=0.0
+    )
+    return shop.fit(name, start, Run(objective, shop.settings.critic, shuffled(shop, rows)))
