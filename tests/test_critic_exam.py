@@ -8,18 +8,21 @@ import jax
 import numpy as np
 import pytest
 from array_samples import TIED
+from small_jobs import one_world, small  # noqa: F401 - a fixture
 
+import jraggym.recipes.whole_episodes
 from eval import critic
 from jraggym.data.process import ProcessRecord, Provenance, build_dataset
 from jraggym.errors import InputError
 from jraggym.model_folder import Model, save_model
 from jraggym.models.critic import critic_specs
-from jraggym.models.decoder import init
+from jraggym.models.decoder import init, specs
 from jraggym.objectives.agreement import BINS, Agreement
 from jraggym.recipes.critic_exam import best_of, best_of_curve, examine, score_records
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.types import Candidate, State
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ACTIONS = ("<search> mayor</search>", "<answer> yes</answer>", "<answer> no</answer>", "<search> town</search>")
 REWARDS = (1.0, 0.5, 0.25, 0.25)
 
@@ -121,6 +124,39 @@ def test_the_entry_takes_the_held_out_questions_and_writes_the_figures(model, tm
     assert low <= found["accuracy"] <= high
     assert "| best of |" in critic.table(found)
     assert critic.run(replace(arguments, questions="all", out=None))["questions"] == 12
+
+
+def test_whole_episodes_are_picked_by_the_scores_of_their_steps(model, tmp_path, monkeypatch):
+    actor = Model("actor", model.config, model.tokenizer, model.weights.trunk, {})
+    for name, made in (("critic", model), ("actor", actor)):
+        save_model(tmp_path / name, made)
+    build_dataset(tmp_path / "data", RECORDS)
+    small_ones = small(critic.Arguments(tmp_path / "critic", tmp_path / "data", actor=tmp_path / "actor"), None)
+    arguments = replace(small_ones, episodes=3, settings=replace(small_ones.settings, max_turns=2))
+    seen = []
+
+    def by_chance(final, example):
+        seen.append(final)
+        return {"em": float(len(seen) % 3 == 1)}
+
+    monkeypatch.setattr(jraggym.recipes.whole_episodes, "outcome", by_chance)
+    found = critic.run(arguments)
+    first, second, third = found["episodes"]
+    assert (first["n"], second["n"], third["n"]) == (1, 2, 3)
+    assert len(seen) == 6 * 3, "each of the six test questions three times"
+    for rule in ("last", "mean", "least", "oracle"):
+        assert first[rule]["em"] == pytest.approx(1 / 3), "one of three is chance"
+        assert 0 <= third[rule]["em"] <= third["oracle"]["em"] == 1
+    # the right one of three is among two of them twice in three draws
+    assert second["oracle"]["em"] == pytest.approx(2 / 3)
+    assert (third["mean"]["em"] * 6) % 1 == pytest.approx(0), "of all three it is one episode for each question"
+    assert "| best of, whole episodes: EM | last | mean | least | oracle |" in critic.table(found)
+    with pytest.raises(InputError, match="best of N needs episodes"):
+        critic.run(replace(arguments, episodes=1))
+    other = replace(actor.config, vocab=actor.config.vocab + 1)
+    save_model(tmp_path / "actor", replace(actor, config=other, weights=init(specs(other), jax.random.key(1))))
+    with pytest.raises(InputError, match="differ in size"):
+        critic.run(arguments)
 
 
 def test_what_cannot_be_examined_is_refused(model):

@@ -125,6 +125,7 @@ SIBLINGS = [
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
     ("jraggym.recipes.scaling", "jraggym.recipes.*"),
+    ("jraggym.recipes.whole_episodes", "jraggym.recipes.*"),
     ("jraggym.recipes.experiment", "jraggym.recipes.*"),
     ("jraggym.recipes.offline", "jraggym.recipes.*"),
     ("jraggym.recipes.online", "jraggym.recipes.*"),

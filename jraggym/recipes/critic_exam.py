@@ -125,6 +125,11 @@ def best_of(scores: np.ndarray, values: np.ndarray, n: int) -> float:
     return float(sum(chance * value for chance, (_, value) in zip(chances, levels, strict=True)))
 
 
+def sizes(k: int) -> list[int]:
+    """1, 2, 4 ... and k."""
+    return [*(1 << i for i in range(k.bit_length()) if 1 << i < k), k]
+
+
 def best_of_curve(
     records: Sequence[ProcessRecord], scores: Sequence[np.ndarray], groups: Sequence[Sequence[int]], seed: int = 0
 ) -> list[dict[str, Any]]:
@@ -143,7 +148,7 @@ def best_of_curve(
     usable = set(whole)
     kept = [members for group in groups if (members := [place for place in group if place in usable])]
     curve = []
-    for n in [*(1 << i for i in range(k.bit_length()) if 1 << i < k), k]:
+    for n in sizes(k):
         sums: dict[str, np.ndarray] = {name: np.zeros(len(records)) for name in ("c", "cg", "o", "og")}
         for place in whole:
             rewards = np.array([c.reward for c in records[place].candidates], float)

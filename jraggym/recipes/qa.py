@@ -95,7 +95,7 @@ def check(qa: Qa) -> None:
 def open_questions(qa: Qa) -> QuestionSet:
     """The questions and what is searched; raises InputError for what is missing."""
     if qa.benchmark == "synthhop":
-        world = make_world(qa.split, qa.rules.seed, questions=qa.limit or 400)
+        world = make_world(qa.split, qa.rules.seed, questions=max(400, qa.limit or 0))
         found = QuestionSet(world.examples, Corpus.from_documents(world.documents))
     elif qa.benchmark not in BENCHMARKS:
         known = ", ".join(("synthhop", *BENCHMARKS))
