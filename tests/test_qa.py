@@ -4,10 +4,14 @@ import dataclasses
 import json
 import zlib
 
+import jax
 import pytest
 from agent_world import Scripted
+from chat_families import write_family
+from misbehaving_server import serving
 
 import eval.qa
+from configs import qa_transfer
 from eval.qa import evaluate
 from jraggym.agent_episodes import AgentRules
 from jraggym.agents.episode import Costs, Episode
@@ -18,7 +22,11 @@ from jraggym.chats.local import Local
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
 from jraggym.evaluation import answer_scores
+from jraggym.model_folder import Model, save_model
+from jraggym.models.critic import critic_specs
+from jraggym.models.decoder import DecoderConfig, init
 from jraggym.recipes.qa import Qa, even_batches, open_questions
+from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.types import Candidate, Document, Example, Search, State, Step, Trajectory, Turn
 
 RULES = AgentRules(max_turns=3, candidates=2, temperature=1.0, select="random", slots=8)
@@ -204,3 +212,32 @@ def test_retrievers_are_asked_for_a_power_of_two(number, asked):
     seen = []
     even_batches(lambda queries: seen.append(len(queries)) or [(q,) for q in queries])(["q"] * number)
     assert seen == [asked]
+
+
+def test_our_critic_picks_among_the_candidates_of_a_server(tmp_path):
+    """The transfer experiment of the configuration, with a server on loopback and a critic of random weights."""
+    write_family("llama", tmp_path / "tokenizer")
+    tokenizer = HuggingFaceTokenizer.load(tmp_path / "tokenizer")
+    config = DecoderConfig(tokenizer.vocab_size, model=32, layers=1, query_heads=2, kv_heads=1, head_dim=16)
+    weights = init(critic_specs(config), jax.random.key(0))
+    save_model(tmp_path / "critic", Model("critic", config, tokenizer, weights.replace(head=20 * weights.head), {}))
+    qa = dataclasses.replace(
+        qa_transfer.EXPERIMENT,
+        out=tmp_path / "run",
+        critic=str(tmp_path / "critic"),
+        rules=dataclasses.replace(qa_transfer.EXPERIMENT.rules, max_turns=2, candidates=3),
+        **{"benchmark": "synthhop", "split": "test", "limit": 3, "retriever": "bm25", "documents": 1},
+    )
+    with serving() as server:
+        results = evaluate(dataclasses.replace(qa, chat=Server("large", base_url=server.url, prompt_price=1e5)))
+        paid = len(server.seen)
+        assert paid == 3 * 2
+        (qa.out / "episodes.jsonl").unlink()
+        again = evaluate(dataclasses.replace(qa, chat=Server("large", base_url=server.url, prompt_price=1e5)))
+        assert len(server.seen) == paid, "the answers that were paid for are kept"
+    assert again == results
+    assert results["costs"]["candidates"] == 2 * 3
+    assert results["costs"]["dollars_in_all"] == pytest.approx(paid * 10 * 1e5 / 1e6)
+    steps = [step for _, episode in EpisodeLog(qa.out / "episodes.jsonl").read() for step in episode.trajectory.steps]
+    assert len({c.score for step in steps for c in step.candidates}) > len(steps)
+    assert all(step.chosen == max(range(3), key=lambda i: step.candidates[i].score) for step in steps)
