@@ -10,6 +10,10 @@ samples of the warm start at every state; and that of 560 questions among 1, 2, 
 Written down before the run: EM rises along both curves, the end above the start by at least .02 with an interval above
 0, pooled over three seeds. About five minutes a seed on two CPU cores. Writes scaling.svg and results.json into --out,
 and continues an unfinished run.
+
+Found, mean EM of seeds 0, 1, 2 (the warm start alone, greedy: .431): with 1, 2, 4, 8, 16 candidates .434, .487, .557,
+.631, .676, end - start +.242 (+.212 to +.273); with 70, 140, 280, 560 questions .592, .588, .614, .631, end - start
++.039 (+.019 to +.060). So both gains hold; but the second curve does not rise from 70 to 140 questions.
 """
 
 from __future__ import annotations
