@@ -1,8 +1,11 @@
-"""Turns the results of a run into one self-contained web page.
+"""Turns the results of a run, or of several evaluations, into one self-contained web page.
 
     python -m eval.report --results runs/quickstart/results.json --out runs/quickstart/report.html
+    python -m eval.report --runs runs/react runs/re2search --out runs/page.html
 
-The results are one JSON object; `check_results` refuses a missing, unknown or wrong key by its name:
+The second lays evaluations by `eval.qa` side by side, with the paper's figures beside ours (eval/runs_view.py).
+
+The results of a run are one JSON object; `check_results` refuses a missing, unknown or wrong key by its name:
 
     title, dataset, created   str
     seed                      int
@@ -49,6 +52,7 @@ import tyro
 from markupsafe import Markup
 
 from eval import report_view as view
+from eval import runs_view
 from jraggym.errors import InputError, exit_on_input_error
 
 
@@ -180,6 +184,11 @@ def _check_keys(value: Mapping[str, Any], schema: Mapping[str, Any], path: str) 
 def render_report(results: Mapping[str, Any]) -> str:
     """The page as HTML; the same results give the same text. Raises InputError on results that do not fit."""
     check_results(results)
+    return render_page("report.html.j2", view.build(results))
+
+
+def render_page(template: str, variables: Mapping[str, Any]) -> str:
+    """A page of our style and script; every value is escaped."""
     loader = jinja2.PackageLoader("eval", "templates")
     page = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -187,15 +196,18 @@ def render_report(results: Mapping[str, Any]) -> str:
     page.filters.update(view.FILTERS)
     style, script = (loader.get_source(page, name)[0].strip() for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return page.get_template("report.html.j2").render(
-        view.build(results), style=Markup(style), script=Markup(script), digest=digest
-    )
+    return page.get_template(template).render(variables, style=Markup(style), script=Markup(script), digest=digest)
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes the page to `path` in one move, in place of an earlier one; raises InputError as `render_report` does."""
+    write_page(render_report(results), path)
+
+
+def write_page(page: str, path: str | os.PathLike[str]) -> None:
+    """Writes a page to `path` in one move; raises InputError when it cannot be written."""
     # a model can emit a lone surrogate, which UTF-8 has no bytes for: it is shown as \ud800
-    content = render_report(results).encode("utf-8", "backslashreplace")
+    content = page.encode("utf-8", "backslashreplace")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,16 +238,24 @@ def read_results(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Writes a run's results as one self-contained web page."""
+    """Writes the results of a run, or several evaluations side by side, as one self-contained web page."""
 
-    results: Path  # the results.json of a run
     out: Path  # the page to write
+    results: Path | None = None  # the results.json of a run
+    runs: tuple[Path, ...] = ()  # the --out folders of evaluations by eval.qa
+    trajectories: int = 12  # of each evaluation, on the same questions
 
 
 def main(arguments: Arguments) -> None:
-    if arguments.results.resolve() == arguments.out.resolve():
+    if (arguments.results is None) == (not arguments.runs):
+        raise InputError("one of --results and --runs is needed", got="both or neither", remedy="Name one.")
+    if arguments.results is None:
+        found = runs_view.build(runs_view.read_runs(arguments.runs), arguments.trajectories)
+        write_page(render_page("runs.html.j2", found), arguments.out)
+    elif arguments.results.resolve() == arguments.out.resolve():
         raise InputError("--out must not be --results", got=arguments.out, remedy="Name another file for the page.")
-    write_report(read_results(arguments.results), arguments.out)
+    else:
+        write_report(read_results(arguments.results), arguments.out)
     print(f"wrote {arguments.out}")
 
 

@@ -72,7 +72,7 @@ def build(results: Mapping[str, Any]) -> dict[str, Any]:
         "histograms": [pair for key in ("labels", "world") for pair in _histograms(results[key])],
         "spans": [(stage, end - stage["seconds"], end) for stage, end in zip(stages, ends, strict=True)],
         "clock_scale": scale_over([results["seconds"], *ends], snug=True, bins=5),
-        "episodes": _episodes(results["trajectories"]),
+        "episodes": episodes(results["trajectories"]),
         "command": _command(results),
     }
 
@@ -171,8 +171,11 @@ def _histograms(facts: Mapping[str, Any]) -> list[tuple[str, Any, Scale]]:
     ]
 
 
-def _episodes(trajectories: Sequence[Any]) -> list[dict[str, Any]]:
-    """The trajectories with their candidates merged, and with the other agents' episodes of the same question."""
+def episodes(trajectories: Sequence[Any]) -> list[dict[str, Any]]:
+    """The trajectories with their candidates merged, and with the other agents' episodes of the same question.
+
+    A candidate may bring `read`, its (kind, body, thought); else its text is parsed. A step may bring a `digest`.
+    """
     steps = [[_step(step) for step in trajectory["steps"]] for trajectory in trajectories]
     shown = [item for episode in steps for step in episode for item in step["candidates"]]
     scales = {name: scale_over(item[name] for item in shown if item[name] is not None) for name in ("reward", "score")}
@@ -200,18 +203,23 @@ def _step(step: Mapping[str, Any]) -> dict[str, Any]:
     known = [key for key in ("score", "reward", "logprob") if any(item[key] is not None for item in merged)]
     if known:
         merged.sort(key=lambda item: -math.inf if item[known[0]] is None else item[known[0]], reverse=True)
-    return {**step, "candidates": merged, "known": known, "sampled": len(step["candidates"])}
+    return {"digest": None, **step, "candidates": merged, "known": known, "sampled": len(step["candidates"])}
 
 
 def _merge(text: str, copies: Sequence[Any]) -> dict[str, Any]:
+    kind, body, thought = copies[0].get("read") or _read(text)
+    means = {key: _mean(copy[key] for copy in copies) for key in ("reward", "score", "logprob")}
+    chosen = any(copy["chosen"] for copy in copies)
+    return {**means, "kind": kind, "body": body, "thought": thought, "count": len(copies), "chosen": chosen}
+
+
+def _read(text: str) -> tuple[str, str, str]:
     action = parse_action(text)
     kind, body, thought = "other", text, ""  # what does not follow the grammar is shown as it is
     if isinstance(action, Search | Answer):
         kind, body = ("search", action.query) if isinstance(action, Search) else ("answer", action.text)
         thought = text.partition(END_THINK)[0].strip().removeprefix(THINK).strip() if END_THINK in text else ""
-    means = {key: _mean(copy[key] for copy in copies) for key in ("reward", "score", "logprob")}
-    chosen = any(copy["chosen"] for copy in copies)
-    return {**means, "kind": kind, "body": body, "thought": thought, "count": len(copies), "chosen": chosen}
+    return kind, body, thought
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jraggym.agents.episode import Episode
 from jraggym.environment import outcome
+from jraggym.errors import InputError
 from jraggym.metrics import bootstrap_interval, paired_bootstrap
 from jraggym.text.actions import parse_action
 from jraggym.types import Example, Malformed, Search, Trajectory
@@ -94,4 +96,41 @@ def compare(name: str, claim: str, better: Row, worse: Row, least: float, seed: 
         "difference": difference,
         "interval": [low, high],
         "holds": bool(difference >= least and low > 0),
+    }
+
+
+MEANS = ("calls", "candidates", "searches", "digests", "prompt_tokens", "tokens", "dollars")
+
+
+def answer_scores(examples: Sequence[Example], episodes: Sequence[Episode], seed: int) -> dict[str, Any]:
+    """The results of an agent's episodes: metrics with 95 % intervals, costs, and every question's own scores.
+
+    All questions count, an unfinished one as 0. `costs` are means per question of `agents.episode.Costs`, and the sum
+    of dollars; `faults` counts what went wrong: malformed candidates, failed calls, searches and digests, unfinished
+    episodes. Raises InputError when there is no question.
+    """
+    if not examples:
+        raise InputError("no question to score", got="0", remedy="Give at least one.")
+    pairs = list(zip(examples, episodes, strict=True))
+    each = [outcome(episode.trajectory.final, example) for example, episode in pairs]
+    names = [name for name in ("em", "f1", "cover_em", "accuracy") if all(name in scores for scores in each)]
+    columns = {name: [scores[name] for scores in each] for name in names}
+    turns = [turn for episode in episodes for turn in episode.trajectory.final.turns]
+    costs = {name: [getattr(episode.costs, name) for episode in episodes] for name in (*MEANS, "malformed", "errors")}
+    return {
+        "questions": len(examples),
+        "metrics": {
+            name: {"mean": float(np.mean(values)), "interval": list(bootstrap_interval(values, seed=seed))}
+            for name, values in columns.items()
+        },
+        "costs": {**{name: float(np.mean(costs[name])) for name in MEANS}, "dollars_in_all": sum(costs["dollars"])},
+        "faults": {
+            "malformed": sum(costs["malformed"]),
+            "model_errors": sum(costs["errors"]),
+            # where a digest fails, the documents are there
+            "failed_searches": sum(turn.error is not None and not turn.documents for turn in turns),
+            "failed_digests": sum(turn.error is not None and bool(turn.documents) for turn in turns),
+            "unfinished": sum(episode.trajectory.final.answer is None for episode in episodes),
+        },
+        "each": {"id": [example.id for example in examples], **columns},
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,10 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.retrieval.vectors import stored_vectors
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.whole import write_whole
 from train.results import Console
 
+write = write_whole
 Progress = Callable[[str, int, int, Any], None]
 
 
@@ -58,13 +59,6 @@ def _differences(left: Any, right: Any, name: str = "") -> list[str]:
         names = left.keys() | right.keys()
         return [d for n in names for d in _differences(left.get(n), right.get(n), f"{name}.{n}" if name else n)]
     return [] if left == right else [name]
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(scratch, path)
 
 
 def prepare(

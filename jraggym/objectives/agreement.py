@@ -51,6 +51,18 @@ class Agreement:
             "calibration_error": float(error),
         }
 
+    def reliability(self) -> list[dict[str, float]]:
+        """The table behind `calibration_error`: for each bin with pairs, its pairs, mean confidence and share right."""
+        binned, right, confidence = map(np.asarray, (self.binned, self.binned_right, self.confidence))
+        return [
+            {
+                **{"from": 0.5 + i / (2 * BINS), "to": 0.5 + (i + 1) / (2 * BINS), "pairs": int(binned[i])},
+                **{"confidence": float(confidence[i] / binned[i]), "right": float(right[i] / binned[i])},
+            }
+            for i in range(BINS)
+            if binned[i]
+        ]
+
 
 def agreement(score: Array, batch: ProcessBatch) -> Agreement:
     """Counts the pairs of a batch; score [B, K]."""

@@ -163,7 +163,7 @@ def train_critic_model(
         critic = place(critic, shardings(table, ready.mesh))
     names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
     objective = steps.critic(ready.net, **{name: getattr(experiment, name) for name in names})
-    learn, held = _held_out(list(open_dataset(experiment.data)))
+    learn, held = held_out(list(open_dataset(experiment.data)))
     rows_of = judged if experiment.any_label else preferences
     batches = shuffled(shop, rows_of(shop, learn))
     run = Run(objective, experiment.optimization, batches, ready.frozen, experiment.seed, ready.mesh)
@@ -182,8 +182,8 @@ def judge_agreement(shop: Workshop, ready: Placed, critic: Any, rows: Sequence[R
     return total.summary() if float(total.pairs.sum()) else {"pairs": 0}
 
 
-def _held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
-    """The records of nine tenths of the questions, and those of the rest."""
+def held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
+    """The records of nine tenths of the questions, and those of the rest; InputError for fewer than ten questions."""
     questions = sorted({record.example_id for record in records})
     if len(questions) < 10:
         raise InputError("too few questions to hold some out", got=len(questions), remedy="Collect ten or more.")

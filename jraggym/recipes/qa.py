@@ -1,0 +1,191 @@
+"""One evaluation: an agent, a chat model, perhaps a critic that picks, and a benchmark, from questions to results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jraggym.agent_episodes import AgentRules, Scorer, run_agent
+from jraggym.agents import AGENTS
+from jraggym.agents.digests import Summariser
+from jraggym.chat_model import ChatModel
+from jraggym.chats.endpoint import Server
+from jraggym.chats.local import Local
+from jraggym.chats.opening import ChatSpec, open_chat, open_scorer
+from jraggym.data.benchmarks import BENCHMARKS, load_benchmark
+from jraggym.data.questions import QuestionSet
+from jraggym.data.synthhop import make_world
+from jraggym.episode_log import EpisodeLog
+from jraggym.errors import InputError
+from jraggym.evaluation import answer_scores
+from jraggym.models.bert_encoder import BertEncoder, minilm_path
+from jraggym.retrieval.corpus import Corpus
+from jraggym.retrieval.hybrid import HybridRetriever
+from jraggym.retrieval.presets import preset_of, preset_retriever
+from jraggym.retrieval.vectors import stored_vectors
+from jraggym.scripted import Lookup
+
+# what changes how fast an evaluation goes, and not what it finds
+_PACE = (
+    *("cache", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute"),
+    *("timeout", "attempts", "backoff", "patience", "rows", "slots"),
+)
+
+
+@dataclass(frozen=True)
+class Qa:
+    """An evaluation. Every agent has the same budget: `rules.max_turns` turns, the last of them without a search."""
+
+    chat: ChatSpec
+    """The actor: a server, or a model on this machine."""
+    out: Path = Path("runs/qa")
+    """Folder of episodes.jsonl and results.json; an unfinished evaluation is continued."""
+    agent: str = "re2search"
+    """direct, cot, rag, react, search_o1, re2search, ircot or iter_retgen."""
+    method: str = "ZSL"
+    """The row's name in tables: ZSL, SFT, DPO, PRM ..."""
+    rules: AgentRules = field(default_factory=lambda: AgentRules(slots=64))
+    critic: str | None = None
+    """Model of a critic, trained on this agent's prompts, that picks among the candidates."""
+    critic_prompt: int = 16_384
+    """The longest prompt of the critic, in tokens."""
+    summariser: str | None = None
+    """Another model, beside the actor's, that makes the digests."""
+    benchmark: str = "synthhop"
+    """hotpotqa, twowiki, musique, bamboogle, medqa, pubmedqa, or the embedded world synthhop."""
+    split: str = "test"
+    data_dir: Path | None = None
+    """Folder of the benchmark's official files."""
+    corpus: Path | None = None
+    """jsonl of what is searched; without it, the paragraphs that the questions bring."""
+    limit: int | None = None
+    """Only the first so many questions."""
+    retriever: Literal["bm25", "minilm", "preset"] = "bm25"
+    """BM25 alone; fused with MiniLM; or the paper's retriever of this benchmark, whose weights are --encoder."""
+    encoder: Path | None = None
+    """Folder of the preset's encoder."""
+    encoder_documents: Path | None = None
+    """Folder of the documents' encoder, where it is another one."""
+    documents: int = 32
+    """A search brings so many."""
+
+
+def deciding(qa: Qa) -> dict[str, Any]:
+    """The settings that decide what an evaluation finds, as JSON values."""
+    found = dataclasses.asdict(qa)
+    for part in ("chat", "rules"):
+        found[part] = {name: value for name, value in found[part].items() if name not in _PACE}
+    return {name: value for name, value in found.items() if name != "out"}
+
+
+def check(qa: Qa) -> None:
+    """Raises InputError for an unknown agent, and for a critic that picks nothing or is asked for and not named."""
+    if qa.agent not in AGENTS:
+        raise InputError("unknown agent", got=repr(qa.agent), remedy=f"Use one of {', '.join(AGENTS)}.")
+    if (qa.critic is not None) != (qa.rules.select == "score"):
+        got = f"critic {qa.critic} and rules.select {qa.rules.select!r}"
+        raise InputError("a critic picks by score, and only a critic", got=got, remedy="Give both, or neither.")
+    if qa.rules.select == "reward":
+        raise InputError("an evaluation sees no reward", got="rules.select 'reward'", remedy="Use score or first.")
+
+
+def open_questions(qa: Qa) -> QuestionSet:
+    """The questions and what is searched; raises InputError for what is missing."""
+    if qa.benchmark == "synthhop":
+        world = make_world(qa.split, qa.rules.seed, questions=max(400, qa.limit or 0))
+        found = QuestionSet(world.examples, Corpus.from_documents(world.documents))
+    elif qa.benchmark not in BENCHMARKS:
+        known = ", ".join(("synthhop", *BENCHMARKS))
+        raise InputError("unknown benchmark", got=repr(qa.benchmark), remedy=f"Use one of {known}.")
+    elif qa.data_dir is None:
+        raise InputError(f"{qa.benchmark} needs its files", got="no --data-dir", remedy="Add --data-dir FOLDER.")
+    else:
+        found = load_benchmark(qa.benchmark, qa.data_dir, qa.split)
+    if qa.corpus is not None:
+        found = found.over(Corpus.from_jsonl(qa.corpus))
+    if qa.limit is not None:
+        found = found._replace(examples=found.examples[: qa.limit])
+    if not found.examples:
+        raise InputError("no question to ask", got=f"{qa.benchmark} {qa.split}", remedy="Name another split.")
+    if not len(found.corpus) and qa.agent not in ("direct", "cot"):
+        raise InputError(f"{qa.benchmark} brings no paragraphs", got="no --corpus", remedy="Add --corpus FILE.")
+    return found
+
+
+def open_retriever(qa: Qa, corpus: Corpus, out: Path) -> Lookup:
+    """From queries to `qa.documents` documents each; vectors are kept in `out`. Raises InputError as its parts do."""
+    if not len(corpus):
+        return lambda queries: [()] * len(queries)
+    if qa.retriever == "preset":
+        if qa.encoder is None:
+            raise InputError("the preset's encoder is missing", got="no --encoder", remedy="Add --encoder FOLDER.")
+        preset = preset_of(qa.benchmark)
+        found = preset_retriever(preset, corpus, qa.encoder, qa.encoder_documents, vectors=out / "vectors")
+    elif qa.retriever == "minilm":
+        encoder = BertEncoder.load(minilm_path())
+        vectors = stored_vectors(out / "vectors", encoder.document, corpus.documents)
+        found = HybridRetriever(corpus, encoder, depth=100, vectors=vectors)
+    else:
+        found = HybridRetriever(corpus)
+    return even_batches(lambda queries: found(queries, qa.documents))
+
+
+def even_batches(retriever: Lookup) -> Lookup:
+    """The same, asked with blank queries up to a power of two: an encoder compiles for each number of queries."""
+
+    def look_up(queries: Sequence[str]) -> Sequence[Any]:
+        blank = (1 << max(0, len(queries) - 1).bit_length()) - len(queries)
+        return retriever([*queries, *[""] * blank])[: len(queries)]
+
+    return look_up
+
+
+def run(
+    qa: Qa,
+    questions: QuestionSet,
+    chat: ChatModel,
+    retriever: Lookup,
+    *,
+    scorer: Scorer | None = None,
+    summariser: ChatModel | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Asks what `qa.out` does not answer yet, and gives the results over all questions.
+
+    An evaluation that was killed and is called again ends with the same results, and asks for no finished episode. Of
+    the digests the same holds. `report` gets the number of finished episodes and of all.
+    """
+    check(qa)
+    log, examples = EpisodeLog(qa.out / "episodes.jsonl"), questions.examples
+    found = log.resume(examples)
+    left = [example for example in examples if example.id not in found]
+    before = len(found)
+    episodes = run_agent(
+        AGENTS[qa.agent],
+        chat,
+        left,
+        retriever,
+        qa.rules,
+        summariser=Summariser(summariser or chat, qa.summariser or qa.chat.model, path=qa.out / "digests.jsonl"),
+        scorer=scorer,
+        report=None if report is None else lambda done: report(before + done, len(examples)),
+        done=lambda number, episode: log.add(left[number], episode),
+    )
+    found |= {example.id: episode for example, episode in zip(left, episodes, strict=True)}
+    scores = answer_scores(examples, [found[example.id] for example in examples], qa.rules.seed)
+    about = ("method", "agent", "benchmark", "split", "critic", "retriever", "documents")
+    named = {"model": qa.chat.model, **{name: getattr(qa, name) for name in about}}
+    return {**named, "rules": deciding(qa)["rules"], "notes": list(questions.notes), **scores}
+
+
+def open_models(qa: Qa) -> tuple[ChatModel, Scorer | None, ChatModel | None]:
+    """The actor, the critic's scorer and the summariser's model, where they are named; InputError where one is not."""
+    chat = qa.chat
+    if isinstance(chat, Server) and chat.cache is None:
+        chat = dataclasses.replace(chat, cache=qa.out / "answers.sqlite")
+    scorer = None if qa.critic is None else open_scorer(Local(qa.critic, max_prompt=qa.critic_prompt))
+    other = None if qa.summariser is None else open_chat(dataclasses.replace(chat, model=qa.summariser))
+    return open_chat(chat), scorer, other
