@@ -1,4 +1,7 @@
-"""Eight fake CPU devices, set before jax starts, and a switch for modules whose programs are tiny."""
+"""Eight fake CPU devices, set before jax starts, and what keeps many modules in one process apart."""
+
+import gc
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,3 +26,13 @@ def no_compilation_cache():
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_too_many_programs():
+    """Drops compiled programs before their memory maps reach Linux's limit, past which the compiler crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
