@@ -62,14 +62,15 @@ def test_what_a_state_proposes():
     assert propose(after, 3) == (  # the film has been read, and the question asked
         Proposal(f"German German {QUESTION}", "German | Human Flow: Flow is a German film directed by"),
         Proposal(f"Ai Weiwei Ai Weiwei {QUESTION}", "Ai Weiwei | Human Flow: film directed by Ai Weiwei in 2017."),
+        Proposal(QUESTION, "more for the question"),
     )
 
 
 def test_rewards_are_the_share_of_what_is_missing():
     state = State(QUESTION, (Turn(Search(QUESTION), (FLOW,)),))
     proposals = propose(state)
-    assert gains(EXAMPLE, state, proposals, lookup([p.query for p in proposals], 2)) == [0.0, 1.0]
-    assert gains(EXAMPLE, State(QUESTION), propose(State(QUESTION)), [(FLOW, WEIWEI), (FLOW,)]) == [1.0, 0.5]
+    assert gains(EXAMPLE, state, lookup([p.query for p in proposals], 2)) == [0.0, 1.0, 0.0]
+    assert gains(EXAMPLE, State(QUESTION), [(FLOW, WEIWEI), (FLOW,)]) == [1.0, 0.5]
 
 
 def test_an_episode_reads_only_what_is_new():
@@ -81,10 +82,10 @@ def test_an_episode_reads_only_what_is_new():
     assert not complete(state, EXAMPLE)
 
 
-def test_a_state_without_proposals_searches_no_more():
-    silent = Example("2", "no names?", ("x",), "", ("flow",))
-    (state,) = search_evidence([silent], lambda queries, k: [() for _ in queries], the_first, BUDGET)
-    assert len(state.turns) == 1
+def test_the_question_can_be_asked_again():
+    plain = Example("2", "no names?", ("x",), "", ("flow", "weiwei"))
+    (state,) = search_evidence([plain], lambda queries, k: [CORPUS[:k] for _ in queries], the_first, BUDGET)
+    assert [turn.documents for turn in state.turns] == [(FLOW,), (WEIWEI,)]
 
 
 def test_random_choices_depend_on_the_question_alone():
@@ -99,9 +100,11 @@ def test_random_choices_depend_on_the_question_alone():
 def test_choices_hold_good_and_useless_proposals():
     choices = collect_choices([EXAMPLE], lookup, BUDGET, rounds=3, seed=0)
     assert {choice.step for choice in choices} == {1}  # at the start either proposal brings the film
-    assert set(choices) == {
-        Choice(QUESTION, tuple(p.why for p in propose(state_read(FLOW), 3)), (0.0, 1.0), 1),
-    }
+    for choice in choices:
+        assert [why.split(" |")[0] for why, reward in zip(choice.whys, choice.rewards, strict=True) if reward] == [
+            "Ai Weiwei"
+        ]
+        assert set(choice.rewards) == {0.0, 1.0}
     assert choices == collect_choices([EXAMPLE], lookup, BUDGET, rounds=3, seed=0)
     plain = json.loads(json.dumps([dataclasses.asdict(choice) for choice in choices]))
     assert choices_from_json(plain) == choices
@@ -197,7 +200,3 @@ def test_scores_equal_those_of_transformers(encoder, tmp_path):
     ours = PairScorer(weights, encoder.query.config, tokenize, batch=2)(pairs)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
     assert len(set(ours)) == 3
-
-
-def state_read(*documents):
-    return State(QUESTION, (Turn(Search(QUESTION), documents),))

@@ -32,16 +32,14 @@ class Budget:
 
 
 def search_evidence(examples: Sequence[Example], lookup: Lookup, choose: Choose, budget: Budget) -> list[State]:
-    """The state of each question after all its searches; a state without proposals searches no more."""
+    """The state of each question after all its searches."""
     states = [State(example.question) for example in examples]
     for _ in range(budget.searches):
         offered = [propose(state, budget.around) for state in states]
-        rows = [i for i, proposals in enumerate(offered) if proposals]
-        chosen = choose([states[i] for i in rows], [offered[i] for i in rows])
-        queries = [offered[i][number].query for i, number in zip(rows, chosen, strict=True)]
-        found = lookup(queries, budget.read)
-        for i, query, hits in zip(rows, queries, found, strict=True):
-            turn = Turn(Search(query), unread(states[i], hits)[: budget.documents])
+        chosen = choose(states, offered)
+        queries = [proposals[number].query for proposals, number in zip(offered, chosen, strict=True)]
+        for i, hits in enumerate(lookup(queries, budget.read)):
+            turn = Turn(Search(queries[i]), unread(states[i], hits)[: budget.documents])
             states[i] = State(states[i].question, (*states[i].turns, turn))
     return states
 
@@ -62,10 +60,7 @@ def complete(state: State, example: Example) -> bool:
     return set(example.support) <= read_ids(state)
 
 
-def gains(example: Example, state: State, proposals: Proposals, found: Sequence[Sequence[Document]]) -> list[float]:
-    """The process reward of each proposal at a state: the share of the evidence still missing that it would bring."""
+def gains(example: Example, state: State, found: Sequence[Sequence[Document]]) -> list[float]:
+    """The process reward of each proposal: the share of the evidence still missing that its search, `found`, brings."""
     missing = set(example.support) - read_ids(state)
-    return [
-        len(missing & {document.id for document in documents}) / max(len(missing), 1)
-        for _, documents in zip(proposals, found, strict=True)
-    ]
+    return [len(missing & {document.id for document in documents}) / max(len(missing), 1) for documents in found]

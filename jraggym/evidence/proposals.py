@@ -7,6 +7,7 @@
     (the question)                         the question itself
     Human Flow Human Flow When did ...     Human Flow | question
     Ai Weiwei Ai Weiwei When did ...       Ai Weiwei | Human Flow: German documentary film directed by Ai Weiwei ...
+    (the question)                         more for the question, once it has been asked
 
 A name comes twice in its query, so that BM25 weighs it above the words of the question, which say what is asked of it.
 """
@@ -54,20 +55,23 @@ def _trimmed(run: str) -> str:
 
 
 def propose(state: State, around: int = 8) -> tuple[Proposal, ...]:
-    """The searches that a state suggests: its question, the names in it, and titles and names read, in this order.
+    """The searches that a state suggests: its question, the names in it, and the names read, in this order.
 
-    Left out are queries asked before, and names whose own document has been read. `around` is the number of words on
-    either side of a name that a critic reads.
+    Left out are names asked for before, and names whose own document has been read. The question can be asked again,
+    as the last proposal, since a search brings what has not been read. `around` is the number of words on either side
+    of a name that a critic reads.
     """
     asked = {turn.action.query for turn in state.turns if isinstance(turn.action, Search)}
     read = [document for turn in state.turns for document in turn.documents]
     known = {normalize_answer(document.title) for document in read}
-    found = {} if state.turns else {"": Proposal(state.question, "the question itself")}
+    first, again = Proposal(state.question, "the question itself"), Proposal(state.question, "more for the question")
+    found = {} if state.question in asked else {"": first}
     for name, where in _named(state.question, read, around):
         key = normalize_answer(name)
         if key not in known and key not in found:
             found[key] = Proposal(f"{name} {name} {state.question}", f"{name} | {where}")
-    return tuple(proposal for proposal in found.values() if proposal.query not in asked)
+    new = tuple(proposal for proposal in found.values() if proposal.query not in asked)
+    return (*new, again) if state.question in asked else new
 
 
 def _named(question: str, read: list[Document], around: int) -> Iterator[tuple[str, str]]:

@@ -80,7 +80,7 @@ def collect_choices(
             for state, proposals in zip(states, offered, strict=True):
                 hits = [unread(state, next(found))[: budget.documents] for _ in proposals]
                 example = order[state.question]
-                rewards = gains(example, state, proposals, hits)
+                rewards = gains(example, state, hits)
                 useful = [i for i, reward in enumerate(rewards) if reward > 0]
                 if not complete(state, example) and 0 < len(useful) < len(rewards):
                     whys = tuple(proposal.why for proposal in proposals)

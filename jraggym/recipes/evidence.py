@@ -132,7 +132,7 @@ def by_oracle(examples: Sequence[Example], lookup: Lookup, settings: EvidenceSet
         chosen = []
         for state, proposals in zip(states, offered, strict=True):
             hits = [unread(state, next(found))[: settings.documents] for _ in proposals]
-            chosen.append(int(np.argmax(gains(known[state.question], state, proposals, hits))))
+            chosen.append(int(np.argmax(gains(known[state.question], state, hits))))
         return chosen
 
     return choose
