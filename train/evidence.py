@@ -117,7 +117,11 @@ def main(arguments: Arguments) -> None:
 
 
 def read_splits(arguments: Arguments) -> Splits:
-    """The question sets of each benchmark named; raises InputError for none, or files that are missing or overlap."""
+    """The question sets of each benchmark named.
+
+    Raises InputError for none, files that are missing or overlap, or questions without evidence, which would count as
+    found.
+    """
     named = [(name, folder) for name in BENCHMARKS if (folder := getattr(arguments, name)) is not None]
     if not named:
         flags = ", ".join(f"--{name}" for name in BENCHMARKS)
@@ -137,6 +141,10 @@ def read_splits(arguments: Arguments) -> Splits:
             got = f"{len(shared)} questions in both"
             raise InputError(f"training and test questions of {name} overlap", got=got, remedy="Use other files.")
         splits[name] = learn, exam
+    for name, both in splits.items():
+        if bare := [example.id for questions in both for example in questions.examples if not example.support]:
+            remedy = "Leave them out, or use files with supporting facts."
+            raise InputError(f"questions of {name} without evidence", got=bare[:3], remedy=remedy)
     return splits
 
 

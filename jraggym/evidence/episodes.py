@@ -14,7 +14,8 @@ from jraggym.types import Document, Example, Search, State, Turn
 
 Lookup = Callable[[Sequence[str], int], Sequence[Sequence[Document]]]  # queries and k -> the k best of each
 Proposals = Sequence[Proposal]
-Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[int]]  # which proposal of each state is carried out
+# Which proposal of each state is carried out; the states are those of all examples, in their order
+Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)

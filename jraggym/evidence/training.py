@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax import struct
 
+from jraggym.errors import InputError
 from jraggym.evidence.episodes import Budget, Lookup, complete, gains, search_evidence, unread
 from jraggym.evidence.proposals import Proposal
 from jraggym.models.bert_critic import PairTokenizer
@@ -66,20 +67,19 @@ def collect_choices(
     """Labels all proposals of the states that episodes visit, `rounds` episodes of each question.
 
     An episode carries out one of the good proposals with probability `good`, else a random one, so that the critic sees
-    good states and states gone astray. Kept are the states that have both good and useless proposals.
+    good states and states gone astray. Kept are the states that have both good and useless proposals. Raises
+    InputError when there is no such state.
     """
     choices: list[Choice] = []
     for number in range(rounds):
         rng = random.Random(f"{seed}/{number}")
-        order = {example.question: example for example in examples}
 
-        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng, order=order) -> list[int]:
+        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng) -> list[int]:
             queries = [proposal.query for proposals in offered for proposal in proposals]
             found = iter(lookup(queries, budget.read))
             chosen = []
-            for state, proposals in zip(states, offered, strict=True):
+            for example, state, proposals in zip(examples, states, offered, strict=True):
                 hits = [unread(state, next(found))[: budget.documents] for _ in proposals]
-                example = order[state.question]
                 rewards = gains(example, state, hits)
                 useful = [i for i, reward in enumerate(rewards) if reward > 0]
                 if not complete(state, example) and 0 < len(useful) < len(rewards):
@@ -92,6 +92,11 @@ def collect_choices(
         search_evidence(examples, lookup, choose, budget)
         if report is not None:
             report(number + 1, rounds)
+    if not choices:
+        got = f"{len(examples)} questions"
+        raise InputError(
+            "there is nothing to choose in any state", got=got, remedy="Give questions over more documents."
+        )
     return choices
 
 

@@ -125,14 +125,13 @@ def the_first(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) ->
 
 def by_oracle(examples: Sequence[Example], lookup: Lookup, settings: EvidenceSettings) -> Choose:
     """The ceiling of one-step choice: the proposal whose search brings the most missing evidence."""
-    known = {example.question: example for example in examples}
 
     def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
         found = iter(lookup([p.query for proposals in offered for p in proposals], settings.budget.read))
         chosen = []
-        for state, proposals in zip(states, offered, strict=True):
+        for example, state, proposals in zip(examples, states, offered, strict=True):
             hits = [unread(state, next(found))[: settings.documents] for _ in proposals]
-            chosen.append(int(np.argmax(gains(known[state.question], state, hits))))
+            chosen.append(int(np.argmax(gains(example, state, hits))))
         return chosen
 
     return choose
