@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jraggym.chat_model import Completion, Reply
 from jraggym.errors import InputError
 from jraggym.labelling import Decision
-from jraggym.sources.llm_judge import LlmJudge, parse_ranking
+from jraggym.sources.llm_judge import LlmJudge, Tally, parse_ranking, read_tally, tallied
 from jraggym.types import Answer, Document, Example, Malformed, Search, State, Turn
 
 EXAMPLE = Example("e", "Who?", ("Marnos", "the Marnos"), "2-hop", ("A",))
@@ -169,6 +169,25 @@ def test_a_ranking_that_keeps_failing_leaves_its_decision_unlabelled_and_counted
     assert [len(call) for call in model.calls] == [2, 1], "only the failed one is asked again"
     assert (judge.tally.decisions, judge.tally.requests, judge.tally.unlabelled) == (2, 3, 1)
     assert "500" in judge.tally.faults[0]
+
+
+def test_tallies_are_kept_and_a_repeated_call_counts_once(tmp_path):
+    path, other = tmp_path / "kept" / "tally.json", replace(DECISION, example=replace(EXAMPLE, id="f"))
+    assert read_tally(path) == Tally()
+    judge = LlmJudge(Scripted(said("hm")))
+    assert tallied(judge, path)([DECISION]) == [(1.0, 1 / 2, 1 / 3, 1 / 4)]
+    first = read_tally(path)
+    assert (first.decisions, first.requests, first.unlabelled, first.cost, len(first.faults)) == (1, 2, 0, 0.5, 1)
+    assert judge.tally == Tally()
+    source = tallied(LlmJudge(Scripted()), path)
+    source([other])
+    assert read_tally(path) == Tally(2, 3, 0, 0.75, first.faults)
+    source([DECISION])
+    source([])
+    assert read_tally(path) == Tally(2, 2, 0, 0.5, [])
+    path.write_text('{"e/2": {"asked": 1}}')
+    with pytest.raises(InputError, match="no tally of a judge"):
+        read_tally(path)
 
 
 def test_what_needs_no_ranking_is_not_asked():

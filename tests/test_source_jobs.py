@@ -1,10 +1,13 @@
 """Labelling as a job, and the experiment over sources, on a tiny world."""
 
 import json
+import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from misbehaving_server import answer, choice, refusal, serving
 from small_jobs import FEW, one_world, small  # noqa: F401 - a fixture
 
 from configs import collect_synthhop, critic_synthhop, label_synthhop, sft_synthhop
@@ -12,12 +15,14 @@ from eval.agreement import agree, labels_of
 from eval.pooled import Arguments as Pooled
 from eval.pooled import main as pool
 from eval.sources import NAMES, Arguments, run
-from jraggym.data.process import open_dataset
+from jraggym.chats.endpoint import Server
+from jraggym.data.process import build_dataset, open_dataset
 from jraggym.errors import InputError
 from jraggym.recipes.collecting import collect_data
 from jraggym.recipes.labelling import How, label_data
 from jraggym.recipes.offline import train_critic_model, train_sft
 from jraggym.training import Optimization
+from jraggym.types import Candidate
 from train.job import run_experiment
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,6 +59,74 @@ def test_collected_labels_are_those_of_the_rule_judge(root, warm, data):
     assert found["labelled"] == found["candidates"]
     source = open_dataset(data)
     assert labels_of(found["data"], source) == labels_of("stored", source)
+
+
+class Ranking(dict):
+    """What a server does that ranks by the alphabet, as its `plan`; the first two states it is asked about are bad.
+
+    The first one gets no ranking but the third time, and the second one none at all.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.lock = Counter(), threading.Lock()
+
+    def get(self, content, default=None):
+        state, _, actions = content.partition("### Actions\n")
+        with self.lock:
+            self.times[state] += 1
+            number, time = list(self.times).index(state), self.times[state]
+        if number == 0 and time < 3:
+            return [("json", 500, refusal("overloaded"))] if time == 1 else [("json", 200, answer(choice("Hm.")))]
+        if number == 1:
+            return [("text", 200, "no JSON")]
+        shown = [line.split(" ", 1)[1] for line in actions.splitlines()]
+        ranking = sorted(range(len(shown)), key=shown.__getitem__)
+        return [("json", 200, answer(choice(f'```json\n{{"ranked_indices": {ranking}}}\n```')))]
+
+
+@pytest.fixture
+def made(root, data):
+    """The same states; so small an actor writes no action, so the candidates are made."""
+    texts = ("<search> b</search>", "<answer> a</answer>", "no action", "<search> c</search>")
+    records = [
+        replace(r, candidates=tuple(map(Candidate, texts if i % 3 else texts[1:3])))
+        for i, r in enumerate(open_dataset(data))
+    ]
+    build_dataset(root / "made", records)
+    return root / "made"
+
+
+def test_a_chat_model_labels_and_what_it_was_asked_is_told(root, warm, made, capsys):
+    with serving() as server:
+        server.plan = Ranking()
+        judge = Server("large", base_url=server.url, prompt_price=1e5, attempts=1, backoff=0.0, concurrency=1)
+        found = labelled(root, warm, made, "llm", judge=judge)
+        asked, told = len(server.seen), found["judge"]
+        wide = [len(record.candidates) > 2 for record in open_dataset(made)]
+        assert 2 < told["decisions"] == sum(wide) < len(wide), "states with one action are not asked about"
+        # each once, the first one twice and the second one two times more
+        assert asked == told["requests"] == told["decisions"] + 2 + 2
+        assert (told["unlabelled"], told["failed"]) == (1, 2 + 3)
+        assert "the server answered 500: overloaded" in told["faults"][0]
+        assert len(told["faults"]) == 5
+        # an answer costs ten tokens: all but the refused one and the three that cannot be read
+        assert told["dollars"] == pytest.approx((asked - 1 - 3) * 10 * 1e5 / 1e6)
+        assert json.loads((root / "label-llm" / "results.json").read_text())["judge"] == told
+        assert '"unlabelled": 1' in capsys.readouterr().out
+
+        again = labelled(root, warm, made, "llm", judge=replace(judge, concurrency=2, timeout=9.0))
+        assert again["judge"] == told, "the tally is that of the whole job"
+        assert len(server.seen) == asked, "a finished job asks nothing"
+        with pytest.raises(InputError, match=r"differs in how\.judge\.model"):
+            labelled(root, warm, made, "llm", judge=replace(judge, model="small"))
+
+    source = open_dataset(made)
+    labels = labels_of(found["data"], source)
+    assert found["labelled"] == sum(r is not None for row in labels for r in row) < found["candidates"]
+    assert sum(set(row) == {None} for row in labels) == 1, "a failed ranking is no row of zeros"
+    assert Counter(labels)[1 / 2, 1.0, 1 / 4, 1 / 3] == told["decisions"] - 1
+    assert agree(list(source), labels, labels)["all"]["pair_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("rewards", ["rollouts", "outcome", "random"])

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import tyro
 
+from jraggym.chats.opening import settings_of
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.model_folder import Model, save_model
 from jraggym.models.architecture import RUNTIME
@@ -211,4 +212,6 @@ def _shown(kind: str, experiment: Any) -> str:
 def _plain(experiment: Any) -> dict[str, Any]:
     """The fields that decide the result."""
     found = dataclasses.asdict(experiment)
+    if hasattr(experiment, "how"):
+        found["how"]["judge"] = settings_of(experiment.how.judge)
     return {key: value for key, value in found.items() if key not in ("out", "wandb", "every")}

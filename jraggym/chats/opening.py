@@ -10,6 +10,10 @@ That is the transfer experiment of RAG-Gym: a critic of a small model's candidat
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 from jraggym.chat_model import ChatModel
 from jraggym.chats.critic import CriticScorer
 from jraggym.chats.endpoint import Endpoint, Server
@@ -18,11 +22,25 @@ from jraggym.porting.pretrained import open_model
 
 ChatSpec = Server | Local
 
+# what changes how fast a chat model answers, and not what
+PACE = (
+    *("cache", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute"),
+    *("timeout", "attempts", "backoff", "patience", "rows"),
+)
 
-def open_chat(spec: ChatSpec) -> ChatModel:
-    """The chat model of a server or of a model on this machine; raises InputError where there is none."""
+
+def settings_of(spec: ChatSpec) -> dict[str, Any]:
+    """The settings that decide what a chat model answers, as JSON values."""
+    return {name: value for name, value in dataclasses.asdict(spec).items() if name not in PACE}
+
+
+def open_chat(spec: ChatSpec, cache: Path | None = None) -> ChatModel:
+    """The chat model of a server or of a model on this machine; raises InputError where there is none.
+
+    A server's answers are kept in the file `cache`, unless its own settings name another.
+    """
     if isinstance(spec, Server):
-        return Endpoint(spec)
+        return Endpoint(dataclasses.replace(spec, cache=spec.cache or cache))
     model = open_model(spec.model, "actor")
     return LocalChat(model, max_prompt=spec.max_prompt, truncate=spec.truncate, rows=spec.rows)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jraggym import steps
+from jraggym.chats.endpoint import Server
+from jraggym.chats.opening import ChatSpec, open_chat
 from jraggym.data.process import ChunkStore, ProcessRecord, ProcessSource, build_dataset, open_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
@@ -23,6 +25,7 @@ from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.sources.control import random_source
 from jraggym.sources.human import human_source
+from jraggym.sources.llm_judge import LlmJudge, read_tally, tallied
 from jraggym.sources.outcome import outcome_source
 from jraggym.sources.relabel import decisions, relabel
 from jraggym.sources.rollouts import RolloutSource
@@ -30,7 +33,8 @@ from jraggym.sources.support import support_source
 from jraggym.text.batching import Row
 from jraggym.training import Run
 
-SOURCES = ("support", "rollouts", "outcome", "random", "human")
+SOURCES = ("support", "llm", "rollouts", "outcome", "random", "human")
+FAULTS = 5  # of a judge that are shown
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class How:
     """Outcome of an episode: em or f1 (rollouts, outcome)."""
     sheet: Path | None = None
     """The jsonl file with the labels (human)."""
+    judge: ChatSpec = field(default_factory=lambda: Server("gpt-4o"))
+    """The chat model that ranks: a server, or a model on this machine (llm)."""
+    retries: int = 2
+    """A failed ranking is asked for so often again, and is then unlabelled (llm)."""
+    show_gold: bool = False
+    """Show the judge the gold answer (llm)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Label(Experiment):
     data: Path = Path("runs/collect/data/data/dataset")
     """Dataset of train.collect, in the world of the same seed and settings."""
     rewards: str = "rollouts"
-    """support, rollouts, outcome, random or human; see jraggym/sources."""
+    """support, llm, rollouts, outcome, random or human; see jraggym/sources."""
     how: How = field(default_factory=How)
 
 
@@ -70,6 +80,8 @@ def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tup
         "reward": sum(known) / max(len(known), 1),
         "data": str(_folder(shop, experiment.rewards) / "dataset"),
     }
+    if experiment.rewards == "llm":
+        found["judge"] = judge_summary(_folder(shop, "llm"))
     log("label", 0, {key: value for key, value in found.items() if isinstance(value, float | int)})
     return None, found
 
@@ -86,11 +98,32 @@ def source_of(shop: Workshop, name: str, records: Iterable[ProcessRecord], actor
         return outcome_source(records, how.metric)
     if name == "random":
         return random_source(shop.settings.seed)
+    if name == "llm":
+        return open_judge(how, _folder(shop, name), shop.settings.seed)
     if name != "human":
         raise InputError("unknown source of rewards", got=repr(name), remedy=f"Use one of {', '.join(SOURCES)}.")
     if how.sheet is None:
         raise InputError("human labels stand in a file", got="none", remedy="Name it with --how.sheet.")
     return human_source(how.sheet)
+
+
+def open_judge(how: How, folder: Path, seed: int) -> RewardSource:
+    """The chat model as a judge; its tallies, and the answers that were paid for, are kept in `folder`."""
+    model = open_chat(how.judge, folder / "answers.sqlite")
+    return tallied(LlmJudge(model, seed, how.retries, how.show_gold), folder / "tally.json")
+
+
+def judge_summary(folder: Path) -> dict[str, Any]:
+    """What the judge of `open_judge` has done, over all runs of the job."""
+    tally = read_tally(folder / "tally.json")
+    return {
+        "decisions": tally.decisions,
+        "requests": tally.requests,
+        "unlabelled": tally.unlabelled,
+        "dollars": tally.cost,
+        "failed": len(tally.faults),
+        "faults": tally.faults[:FAULTS],
+    }
 
 
 def continuing(shop: Workshop) -> Rollout:

@@ -12,9 +12,8 @@ from jraggym.agent_episodes import AgentRules, Scorer, run_agent
 from jraggym.agents import AGENTS
 from jraggym.agents.digests import Summariser
 from jraggym.chat_model import ChatModel
-from jraggym.chats.endpoint import Server
 from jraggym.chats.local import Local
-from jraggym.chats.opening import ChatSpec, open_chat, open_scorer
+from jraggym.chats.opening import ChatSpec, open_chat, open_scorer, settings_of
 from jraggym.data.benchmarks import BENCHMARKS, load_benchmark
 from jraggym.data.questions import QuestionSet
 from jraggym.data.synthhop import make_world
@@ -27,12 +26,6 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.retrieval.presets import preset_of, preset_retriever
 from jraggym.retrieval.vectors import stored_vectors
 from jraggym.scripted import Lookup
-
-# what changes how fast an evaluation goes, and not what it finds
-_PACE = (
-    *("cache", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute"),
-    *("timeout", "attempts", "backoff", "patience", "rows", "slots"),
-)
 
 
 @dataclass(frozen=True)
@@ -75,9 +68,8 @@ class Qa:
 
 def deciding(qa: Qa) -> dict[str, Any]:
     """The settings that decide what an evaluation finds, as JSON values."""
-    found = dataclasses.asdict(qa)
-    for part in ("chat", "rules"):
-        found[part] = {name: value for name, value in found[part].items() if name not in _PACE}
+    found = {**dataclasses.asdict(qa), "chat": settings_of(qa.chat)}
+    found["rules"] = {name: value for name, value in found["rules"].items() if name not in ("timeout", "slots")}
     return {name: value for name, value in found.items() if name != "out"}
 
 
@@ -183,9 +175,7 @@ def run(
 
 def open_models(qa: Qa) -> tuple[ChatModel, Scorer | None, ChatModel | None]:
     """The actor, the critic's scorer and the summariser's model, where they are named; InputError where one is not."""
-    chat = qa.chat
-    if isinstance(chat, Server) and chat.cache is None:
-        chat = dataclasses.replace(chat, cache=qa.out / "answers.sqlite")
+    cache = qa.out / "answers.sqlite"
     scorer = None if qa.critic is None else open_scorer(Local(qa.critic, max_prompt=qa.critic_prompt))
-    other = None if qa.summariser is None else open_chat(dataclasses.replace(chat, model=qa.summariser))
-    return open_chat(chat), scorer, other
+    other = None if qa.summariser is None else open_chat(dataclasses.replace(qa.chat, model=qa.summariser), cache)
+    return open_chat(qa.chat, cache), scorer, other

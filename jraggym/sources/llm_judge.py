@@ -10,14 +10,16 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from jraggym.chat_model import ChatModel, Message, Reply, Request
 from jraggym.errors import InputError
-from jraggym.labelling import Decision
+from jraggym.labelling import Decision, RewardSource
 from jraggym.sources.wording import same_action, wording
 from jraggym.types import Malformed, State, Turn
+from jraggym.whole import write_whole
 
 SYSTEM = """You compare the actions that a search agent could take next. Take the agent to know nothing by itself: \
 what it says must rest on the history below. Judge by three criteria.
@@ -46,6 +48,9 @@ class Tally:
     unlabelled: int = 0  # decisions for which every request failed
     cost: float = 0.0
     faults: list[str] = field(default_factory=list)  # why, one for each failed request
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,37 @@ class LlmJudge:
         parts.append("### Actions\n" + "\n".join(lines))
         messages = Message("system", SYSTEM), Message("user", "\n\n".join(parts))
         return Request(messages, max_tokens=self.max_tokens, seed=self.seed + attempt)
+
+
+def tallied(judge: LlmJudge, path: Path) -> RewardSource:
+    """The judge, with a tally of each call in the JSON file `path`, which outlives a kill; see `read_tally`.
+
+    A call that is repeated, since a kill has lost what it found, counts once.
+    """
+
+    def source(decisions: Sequence[Decision]) -> list[tuple[float | None, ...]]:
+        part = replace(judge, tally=Tally())
+        rewards = part(decisions)
+        if decisions:
+            asked = " ".join(f"{d.example.id}/{len(d.state.turns)}" for d in decisions)
+            write_whole(path, json.dumps({**_tallies(path), asked: asdict(part.tally)}, indent=1))
+        return rewards
+
+    return source
+
+
+def read_tally(path: Path) -> Tally:
+    """All calls of a `tallied` judge together; raises InputError where the file holds something else."""
+    return sum((Tally(**tally) for tally in _tallies(path).values()), Tally())
+
+
+def _tallies(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        [Tally(**tally) for tally in found.values()]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no tally of a judge", got=error, remedy="Remove it.") from error
+    return found
 
 
 def parse_ranking(text: str, size: int) -> list[int]:
