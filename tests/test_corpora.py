@@ -1,13 +1,15 @@
 """Corpora from dumps: where texts are cut, what is written, and a run that is killed.
 
-Run as a script, this file is the job that the tests kill: `test_corpora.py FOLDER SOURCE LINES`.
+Run as a script, this file is the job that the tests kill: `test_corpora.py CORPUS SOURCE LINES`.
 """
 
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,13 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jraggym.chats.local import Local
 from jraggym.data import corpora
 from jraggym.data.corpora import chunks, write_chunks
 from jraggym.errors import InputError
+from jraggym.recipes.qa import Qa, open_questions, open_retriever
 from jraggym.retrieval.corpus import Corpus
 from jraggym.types import Document
 
-MEDQUAD = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "medquad" / "corpus.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+MEDQUAD = ROOT.parent / "shared" / "data" / "medquad" / "corpus.jsonl"
 TEXT = 'One two three. Four five?  "Six seven." (Eight) nine\nten! and eleven. Twelve\n\nthirteen'
 
 
@@ -37,6 +42,10 @@ def article(number, sentences=4):
 
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def left_in(folder):
+    return sorted(file.name for file in folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_ids_count_the_chunks_of_a_document_and_repeated_texts_are_left_out(tmp_
         {"title": "Empty", "text": " "},
     ]
     first, second = dump(tmp_path / "a.jsonl", rows[:2]), dump(tmp_path / "b.jsonl", rows[2:])
-    path = write_chunks([first, second], tmp_path / "out", words=3, overlap=0)
+    path = write_chunks([first, second], tmp_path / "out" / "c.jsonl", words=3, overlap=0)
     assert Corpus.from_jsonl(path).documents == (
         Document("Paris#1", "Paris", "A city."),
         Document("Paris#2", "Paris", "It is old."),
@@ -110,27 +119,30 @@ def test_ids_count_the_chunks_of_a_document_and_repeated_texts_are_left_out(tmp_
         Document("k1#1", "Köln", "東京. A city."),
     )
     assert "東京" in path.read_text(encoding="utf-8")
-    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing but the chunks stays"
+    assert left_in(path.parent) == ["c.jsonl", "c.jsonl.made"], "nothing but the chunks stays"
 
 
-def test_what_is_there_is_kept_and_other_settings_or_sources_get_a_file_of_their_own(tmp_path):
-    source = dump(tmp_path / "a.jsonl", [article(0), article(1)])
-    first = write_chunks([source], tmp_path / "out", words=10, overlap=0)
-    when = first.stat().st_mtime_ns
-    assert write_chunks([str(source)], tmp_path / "out", words=10, overlap=0) == first
-    assert first.stat().st_mtime_ns == when
-    others = {write_chunks([source], tmp_path / "out", words=9, overlap=o) for o in (0, 1)}
+def test_what_is_there_is_kept_and_never_taken_for_that_of_other_settings_or_sources(tmp_path):
+    source, path = dump(tmp_path / "a.jsonl", [article(0), article(1)]), tmp_path / "out" / "c.jsonl"
+    assert write_chunks([source], path, words=10, overlap=0) == path
+    when = path.stat().st_mtime_ns
+    assert write_chunks([str(source)], str(path), words=10, overlap=0) == path
+    assert path.stat().st_mtime_ns == when
+    for words, overlap in ((9, 0), (10, 1)):
+        with pytest.raises(InputError, match=r"c\.jsonl holds something else; got other sources or settings"):
+            write_chunks([source], path, words=words, overlap=overlap)
     dump(source, [article(0), article(2)])
-    others.add(write_chunks([source], tmp_path / "out", words=10, overlap=0))
-    assert len(others | {first}) == 4
+    with pytest.raises(InputError, match="holds something else"):
+        write_chunks([source], path, words=10, overlap=0)
+    assert path.stat().st_mtime_ns == when
 
 
 @pytest.mark.parametrize("stop", [6, 30, 100])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, stop, monkeypatch):
     monkeypatch.setattr(corpora, "COMMIT", 3)
     sources = [dump(tmp_path / f"{i}.jsonl", map(article, range(i, 100 + i))) for i in (0, 50)]
-    whole = write_chunks(sources, tmp_path / "whole", words=12, overlap=6)
-    arguments = [sys.executable, __file__, str(tmp_path / "killed"), *map(str, sources), str(stop)]
+    whole = write_chunks(sources, tmp_path / "whole" / "c.jsonl", words=12, overlap=6)
+    arguments = [sys.executable, __file__, str(tmp_path / "killed" / "c.jsonl"), *map(str, sources), str(stop)]
     child = subprocess.run(arguments, capture_output=True, check=False)
     assert child.returncode == 9, child.stderr.decode()
     (part,) = (tmp_path / "killed").glob("*.part")
@@ -138,11 +150,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, stop, monkeypatch):
     with part.open("ab") as file:
         file.write(b'{"id": "half a li')  # written, and not committed
     told: list[int] = []
-    again = write_chunks(sources, tmp_path / "killed", words=12, overlap=6, progress=told.append)
+    again = write_chunks(sources, tmp_path / "killed" / "c.jsonl", words=12, overlap=6, progress=told.append)
     assert again.read_bytes() == whole.read_bytes()
     assert told[0] == (stop + 3 if stop < 100 else 3), "it began anew"
     assert told[-1] == 100
-    assert [file.name for file in (tmp_path / "killed").iterdir()] == [whole.name]
+    assert left_in(again.parent) == ["c.jsonl", "c.jsonl.made"]
 
 
 def test_a_part_that_lost_bytes_is_named(tmp_path, monkeypatch):
@@ -150,7 +162,7 @@ def test_a_part_that_lost_bytes_is_named(tmp_path, monkeypatch):
     source = dump(tmp_path / "a.jsonl", [*map(article, range(10)), {"title": "x"}])
     for message in ("a.jsonl, line 11: missing field; got text", r"\.part is damaged; got less than \d+ bytes"):
         with pytest.raises(InputError, match=message):
-            write_chunks([source], tmp_path / "out", words=12, overlap=6)
+            write_chunks([source], tmp_path / "out" / "c.jsonl", words=12, overlap=6)
         (part,) = (tmp_path / "out").glob("*.part")
         part.write_bytes(b"")
 
@@ -160,7 +172,7 @@ def test_memory_does_not_grow_with_the_dump(tmp_path):
     assert source.stat().st_size > 1_500_000
     tracemalloc.start()
     try:
-        write_chunks([source], tmp_path / "out", words=60, overlap=10)
+        write_chunks([source], tmp_path / "out" / "c.jsonl", words=60, overlap=10)
         assert tracemalloc.get_traced_memory()[1] < 800_000
     finally:
         tracemalloc.stop()
@@ -182,7 +194,7 @@ def test_memory_does_not_grow_with_the_dump(tmp_path):
 def test_a_bad_dump_is_named(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        write_chunks([tmp_path / "a.jsonl"], tmp_path / "out")
+        write_chunks([tmp_path / "a.jsonl"], tmp_path / "out" / "c.jsonl")
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
@@ -190,16 +202,50 @@ def test_bad_settings_files_and_folders_are_named(tmp_path):
     source = dump(tmp_path / "a.jsonl", [article(0)])
     for sources, words, overlap in (([], 9, 0), ([source], 0, 0), ([source], 9, 9), ([source], 9, -1)):
         with pytest.raises(InputError, match=f"got {len(sources)} sources, words={words}, overlap={overlap}"):
-            write_chunks(sources, tmp_path / "out", words=words, overlap=overlap)
+            write_chunks(sources, tmp_path / "out" / "c.jsonl", words=words, overlap=overlap)
     with pytest.raises(InputError, match=r"cannot read .*absent"):
-        write_chunks([tmp_path / "absent"], tmp_path / "out")
+        write_chunks([tmp_path / "absent"], tmp_path / "out" / "c.jsonl")
     with pytest.raises(InputError, match=r"cannot write chunks into .*a\.jsonl"):
+        write_chunks([source], source / "c.jsonl")
+    with pytest.raises(InputError, match=r"a\.jsonl holds something else"):
         write_chunks([source], source)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*words):
+    words = [sys.executable, "-m", "train.chunk", *map(str, words)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_is_killed_goes_on_and_its_file_is_what_evaluations_search(tmp_path):
+    source, path = dump(tmp_path / "wiki.jsonl", map(article, range(2_500))), tmp_path / "corpora" / "wiki.jsonl"
+    whole = write_chunks([source], tmp_path / "whole.jsonl", words=12, overlap=6)
+    path.parent.mkdir()
+    arguments = [source, "--out", path, "--words", 12, "--overlap", 6]
+    with subprocess.Popen([sys.executable, "-m", "train.chunk", *map(str, arguments)], cwd=ROOT) as child:
+        while not any(part.stat().st_size for part in path.parent.glob("*.part")) and child.poll() is None:
+            time.sleep(0.01)
+        child.kill()
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (0, f"{path}\n"), done.stderr
+    assert path.read_bytes() == whole.read_bytes()
+    assert "wiki.jsonl" in done.stderr
+
+    qa = Qa(Local("no model"), corpus=path, limit=1, documents=3)
+    corpus = open_questions(qa).corpus
+    [hits] = open_retriever(qa, corpus, tmp_path)(["Sentence 2 of article 1234"])
+    assert "article 1234 " in hits[0].text
+
+    other = command(*arguments[:-1], 5)
+    assert other.returncode == 2
+    assert re.search(r"^error: .*wiki\.jsonl holds something else", other.stderr, re.MULTILINE)
 
 
 @pytest.mark.skipif(not MEDQUAD.is_file(), reason=f"needs the corpus {MEDQUAD}")
 def test_a_real_corpus(tmp_path):
-    corpus = Corpus.from_jsonl(write_chunks([MEDQUAD], tmp_path, words=100, overlap=20))
+    corpus = Corpus.from_jsonl(write_chunks([MEDQUAD], tmp_path / "c.jsonl", words=100, overlap=20))
     rows = read(MEDQUAD)
     assert {document.title for document in corpus.documents} <= {row["title"] for row in rows}
     assert len(corpus) > len({row["text"] for row in rows})
@@ -210,6 +256,6 @@ def test_a_real_corpus(tmp_path):
 
 
 if __name__ == "__main__":
-    folder, *files, lines = sys.argv[1:]
+    path, *files, lines = sys.argv[1:]
     corpora.COMMIT = 3
-    write_chunks(files, folder, words=12, overlap=6, progress=lambda n: os._exit(9) if n >= int(lines) else None)
+    write_chunks(files, path, words=12, overlap=6, progress=lambda n: os._exit(9) if n >= int(lines) else None)

@@ -1,13 +1,14 @@
 """From Wikipedia dumps and textbooks in jsonl to a corpus of chunks, streamed: neither side is ever in memory whole.
 
-    path = write_chunks(["wiki-00.jsonl", "wiki-01.jsonl"], "corpora/wiki", words=100)
+    path = write_chunks(["wiki-00.jsonl", "wiki-01.jsonl"], "corpora/wiki.jsonl", words=100)
     corpus = Corpus.from_jsonl(path)
 
-    folder/chunks-0f3a….jsonl     whole: a line {"id": "Paris#3", "title": "Paris", "text": "..."} a chunk
-    folder/chunks-0f3a….part      the same file while it grows
-    folder/chunks-0f3a….sqlite    how far it is, which texts were seen and how many chunks each document has
+    wiki.jsonl                whole: a line {"id": "Paris#3", "title": "Paris", "text": "..."} a chunk
+    wiki.jsonl.made           digits that stand for the bytes of the dumps and the settings
+    wiki.jsonl.0f3a….part     the same file while it grows; in the name, the digits
+    wiki.jsonl.0f3a….sqlite   how far it is, which texts were seen and how many chunks each document has
 
-The digits stand for the bytes of the dumps and the settings, so that a file is never taken for another's.
+By the digits a file is never taken for that of other dumps or settings. `python -m train.chunk` is the command.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from jraggym.errors import InputError
 from jraggym.retrieval.corpus import json_line
+from jraggym.whole import write_whole
 
 COMMIT = 1_000  # documents between two commits: what a kill costs at most
 # a full stop before a capital or a digit, perhaps with quotes or brackets between them; or a blank line
@@ -71,13 +73,13 @@ def _pieces(text: str, words: int) -> Iterator[list[str]]:
 
 def write_chunks(
     sources: Sequence[str | Path],
-    folder: str | Path,
+    path: str | Path,
     *,
     words: int = 100,
     overlap: int = 20,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the chunks of all documents of `sources`, once, and gives the path of their jsonl file.
+    """Writes the chunks of all documents of `sources` into the jsonl file `path`, once, and gives that path.
 
     A line of a source is an object with texts `title`, `text` and perhaps `id`; other fields, such as a url, are passed
     over. The n-th chunk of a document has the id "title#n", or "id#n" where it has one; documents of one title are
@@ -86,29 +88,33 @@ def write_chunks(
     source in work, after each commit.
 
     Raises:
-      InputError: when there is no source, `words` is below 1, `overlap` is not below it, the folder cannot be written,
-        no chunk comes out, or, naming file and line, for a line that is no such document.
+      InputError: when there is no source, `words` is below 1, `overlap` is not below it, the file cannot be written or
+        is there with other contents, no chunk comes out, or, naming file and line, for a line that is no such document.
     """
     if not sources or not 0 <= overlap < words:
         got = f"{len(sources)} sources, words={words}, overlap={overlap}"
         raise InputError("chunks need a source, and an overlap below their words", got=got, remedy="Give these.")
     paths = [Path(source) for source in sources]
-    final = Path(folder) / f"chunks-{_fingerprint(paths, words, overlap)}.jsonl"
-    if final.exists():
-        return final
+    final, digits = Path(path), _fingerprint(paths, words, overlap)
+    made, part, state = (final.with_name(final.name + end) for end in (".made", f".{digits}.part", f".{digits}.sqlite"))
     try:
+        if final.exists():
+            if made.exists() and made.read_text() == digits:
+                return final
+            remedy = "Name another file, or remove that one."
+            raise InputError(f"{final} holds something else", got="other sources or settings", remedy=remedy)
         final.parent.mkdir(parents=True, exist_ok=True)
-        part, state = final.with_suffix(".part"), final.with_suffix(".sqlite")
         with closing(sqlite3.connect(state)) as database, part.open("ab") as out:
             database.executescript(_STATE)
             _Writer(paths, database, out, words, overlap, progress).run()
         if not part.stat().st_size:
             raise InputError("no text to cut", got=f"{len(paths)} files without any", remedy="Give documents.")
+        write_whole(made, digits)
         os.replace(part, final)
         state.unlink()
     except (OSError, sqlite3.Error) as error:
-        remedy = "Give a folder with room, and remove a damaged file."
-        raise InputError(f"cannot write chunks into {folder}", got=error, remedy=remedy) from error
+        remedy = "Name a file in a folder with room, and remove a damaged one."
+        raise InputError(f"cannot write chunks into {final}", got=error, remedy=remedy) from error
     return final
 
 
