@@ -213,6 +213,7 @@ def test_no_text_from_outside_is_a_special_token(loaded, name):
     assert not control.intersection(tokenizer.encode([tokenizer.defuse(evil)])[0])
     harmless = "a < b [x] <search> y</search>"
     assert tokenizer.defuse(harmless) == harmless
+    assert tokenizer.encode([tokenizer.defuse("\ud800 hm")]) == tokenizer.encode(["? hm"])
 
 
 # ---------------------------------------------------------------- files

@@ -5,12 +5,13 @@ The experiments are the files configs/critic_*.py; `python -m train.critic synth
 
 from __future__ import annotations
 
-from configs import critic_synthhop
+from configs import critic_agents, critic_synthhop
 from jraggym.recipes.offline import train_critic_model
 from train.job import entry
 
 EXPERIMENTS = {
     "synthhop": ("pairs of the embedded world", critic_synthhop.EXPERIMENT),
+    "agents": ("full prompts of an agent of eval.qa, labelled by train.label", critic_agents.EXPERIMENT),
 }
 
 

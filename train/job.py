@@ -19,6 +19,9 @@ from jraggym.model_folder import Model, save_model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.porting.pretrained import open_model
+from jraggym.recipes.bench import Bench
+from jraggym.recipes.experiment import AGENTS
+from jraggym.recipes.offline import CriticTraining
 from jraggym.recipes.quickstart import Workshop, train_tokenizer
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
@@ -95,7 +98,7 @@ def prepare(
         write(out / "tokenizer.model", tokenizer.model)
         model = dataclasses.replace(settings.model, vocab=tokenizer.vocab_size)
         settings = dataclasses.replace(settings, model=model)
-    return Workshop(settings, task, train, test, held, tokenizer, out, progress)
+    return Workshop(settings, tokenizer, out, progress, task, train, test, held)
 
 
 def _retriever(split: Split, task: Task, settings: Settings, progress: Progress, out: Path) -> HybridRetriever:
@@ -167,21 +170,25 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
     console, out, kind = Console(), experiment.out, type(experiment).__name__
     # First, so that a wrong name of a model does not claim the folder.
     start = None if experiment.model is None else open_model(experiment.model, "actor", experiment.devices.mesh())
-    claim(out, {"kind": kind, **_plain(experiment)})
+    claim(out, {"kind": kind, **plain(experiment)})
     settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
     if start is not None:
         running = {name: getattr(settings.model, name) for name in RUNTIME}
         settings = dataclasses.replace(settings, model=dataclasses.replace(start.config, **running))
-    with console.stage("world, indexes and tokenizer", experiment.dataset):
-        shop = prepare(
-            settings,
-            experiment.dataset,
-            experiment.data_dir,
-            out,
-            console.progress,
-            start.tokenizer if start else None,
-            development=experiment.evaluate == "development",
-        )
+    shop: Bench
+    if experiment.dataset == AGENTS and start is not None and isinstance(experiment, CriticTraining):
+        shop = Bench(settings, start.tokenizer, out, console.progress)
+    else:
+        with console.stage("world, indexes and tokenizer", experiment.dataset):
+            shop = prepare(
+                settings,
+                experiment.dataset,
+                experiment.data_dir,
+                out,
+                console.progress,
+                start.tokenizer if start else None,
+                development=experiment.evaluate == "development",
+            )
     with console.stage(kind.lower()):
         model, results = work(experiment, shop, start, log.write)
     log.close()
@@ -209,7 +216,7 @@ def _shown(kind: str, experiment: Any) -> str:
     return kind.upper() + (f", {rewards} rewards" if rewards else "")
 
 
-def _plain(experiment: Any) -> dict[str, Any]:
+def plain(experiment: Any) -> dict[str, Any]:
     """The fields that decide the result."""
     found = dataclasses.asdict(experiment)
     if hasattr(experiment, "how"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jraggym.errors import InputError
 from jraggym.model_folder import Model
 from jraggym.objectives.forward import candidate_scores
 from jraggym.text.batching import EMPTY_ROW, Row, collate
+from jraggym.text.chat import chat_row
 
 _scores = functools.partial(jax.jit, static_argnums=1)(candidate_scores)
 
@@ -53,8 +55,5 @@ class CriticScorer:
         return found
 
     def _row(self, messages: tuple[Message, ...], texts: tuple[str, ...]) -> Row:
-        tokenizer = self._prompts.tokenizer
-        # A reply is what a model wrote: a special token in it is text, and ends no turn.
-        actions = [[*ids, tokenizer.end_ids[0]] for ids in tokenizer.encode([tokenizer.defuse(t) for t in texts])]
-        ids = self._prompts.ids(messages, max(map(len, actions)))
-        return Row(ids, actions, [[True] * len(a) for a in actions], [0.0] * len(actions), [True] * len(actions))
+        row = chat_row(self._prompts.tokenizer, messages, texts)
+        return replace(row, prompt=self._prompts.fit(row.prompt, row.sizes[1]))

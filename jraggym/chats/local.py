@@ -52,7 +52,11 @@ class Prompts:
 
     def ids(self, messages: Sequence[Message], room: int) -> list[int]:
         """Ids that leave room for `room` more tokens. Raises InputError for a prompt that is too long."""
-        ids, most = chat_ids(self.tokenizer, messages), self._longest
+        return self.fit(chat_ids(self.tokenizer, messages), room)
+
+    def fit(self, ids: list[int], room: int) -> list[int]:
+        """A prompt's ids within the limits; raises InputError as `ids` does."""
+        most = self._longest
         if self._positions is not None:
             most = min(most, self._positions - room)
         if len(ids) <= most:

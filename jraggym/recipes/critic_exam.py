@@ -19,6 +19,7 @@ from jraggym.model_folder import Model
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.objectives.forward import candidate_scores
 from jraggym.objectives.pairs import POSITIVE
+from jraggym.recipes.bench import record_row
 from jraggym.text.batching import EMPTY_ROW, Codec, Row, collate
 from jraggym.text.chat import ChatCodec
 from jraggym.text.huggingface import HuggingFaceTokenizer
@@ -54,7 +55,8 @@ def score_records(
     codec = kind(model.tokenizer, max_turns, max_prompt)  # type: ignore[arg-type]
     groups: dict[tuple[int, int, int], list[tuple[int, Row]]] = defaultdict(list)
     for place, record in enumerate(records):
-        row = codec.row(record.state, [c.text for c in record.candidates], [c.reward for c in record.candidates])
+        texts, rewards = [c.text for c in record.candidates], [c.reward for c in record.candidates]
+        row = record_row(codec, record, texts, rewards)
         prompt, action = row.sizes
         groups[width(prompt, 64), width(action, 16), len(row.actions)].append((place, row))
     found: list[np.ndarray] = [np.empty(0)] * len(records)

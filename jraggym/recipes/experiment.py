@@ -16,6 +16,7 @@ from jraggym.model_folder import Model
 from jraggym.models.decoder import Decoder, init, specs
 from jraggym.models.lora import Lora, lora_specs, merge
 from jraggym.porting.peft import PeftAdapters
+from jraggym.recipes.bench import Bench
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import Agent, Evaluator
 from jraggym.recipes.settings import Settings
@@ -24,6 +25,7 @@ from jraggym.steps import Network
 
 Log = Callable[[str, int, Mapping[str, Any]], None]  # (group, step, metrics)
 SPLITS = ("development", "test")
+AGENTS = "agents"  # the `dataset` of what needs no world
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Experiment:
     seed: int = 0
     """Decides the world, the initial weights and every draw."""
     dataset: str = "synthhop"
-    """synthhop (made up, embedded) or hotpotqa (needs --data-dir and the `offline` extra)."""
+    """synthhop (made up, embedded), hotpotqa (needs --data-dir and the `offline` extra), or agents: for a critic of
+    their chats, which bring all that it learns from."""
     data_dir: Path | None = None
     """Folder with the official HotpotQA json files."""
     settings: Settings = field(default_factory=Settings)
@@ -93,7 +96,7 @@ class Placed:
         return None if self.net.lora is None else PeftAdapters(self.net.lora, weights, head)
 
 
-def placed_decoder(experiment: Experiment, shop: Workshop, start: Decoder) -> Placed:
+def placed_decoder(experiment: Experiment, shop: Bench, start: Decoder) -> Placed:
     """The start on its devices, with fresh adapters under LoRA."""
     mesh, table, frozen = experiment.devices.mesh(), specs(shop.config), start
     lora = experiment.lora if experiment.lora.rank else None
@@ -127,7 +130,7 @@ class Exam:
 
 
 def as_model(
-    shop: Workshop, kind: str, weights: Any, about: Mapping[str, Any], adapters: PeftAdapters | None = None
+    shop: Bench, kind: str, weights: Any, about: Mapping[str, Any], adapters: PeftAdapters | None = None
 ) -> Model:
     """The trained weights with what is needed to use them."""
     return Model(kind, shop.config, shop.tokenizer, weights, dict(about), adapters)

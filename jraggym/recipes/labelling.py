@@ -19,6 +19,7 @@ from jraggym.labelling import RewardSource
 from jraggym.model_folder import Model
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, init
+from jraggym.recipes.bench import Bench, candidate_ids, record_row
 from jraggym.recipes.experiment import Experiment, Log
 from jraggym.recipes.quickstart import Workshop, shuffled
 from jraggym.rollout import Policy, Rollout
@@ -27,7 +28,7 @@ from jraggym.sources.control import random_source
 from jraggym.sources.human import human_source
 from jraggym.sources.llm_judge import LlmJudge, read_tally, tallied
 from jraggym.sources.outcome import outcome_source
-from jraggym.sources.relabel import decisions, relabel
+from jraggym.sources.relabel import Decide, bare_decisions, decisions, relabel
 from jraggym.sources.rollouts import RolloutSource
 from jraggym.sources.support import support_source
 from jraggym.text.batching import Row
@@ -72,34 +73,49 @@ def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tup
     """Writes `out`/labels/REWARDS and returns what is in it."""
     data = open_dataset(experiment.data)
     source = source_of(shop, experiment.rewards, data, start.weights, experiment.how)
-    rewards = [c.reward for record in label(shop, experiment.rewards, source, data) for c in record.candidates]
-    known = [reward for reward in rewards if reward is not None]
-    found = {
-        "candidates": len(rewards),
-        "labelled": len(known),
-        "reward": sum(known) / max(len(known), 1),
-        "data": str(_folder(shop, experiment.rewards) / "dataset"),
-    }
-    if experiment.rewards == "llm":
-        found["judge"] = judge_summary(_folder(shop, "llm"))
+    labelled = label(shop, experiment.rewards, source, data)
+    found = found_labels(labelled, _folder(shop, experiment.rewards), experiment.rewards)
     log("label", 0, {key: value for key, value in found.items() if isinstance(value, float | int)})
     return None, found
 
 
+def found_labels(records: Iterable[ProcessRecord], folder: Path, name: str) -> dict[str, Any]:
+    """What a labelling has found, and what its judge was asked."""
+    rewards = [candidate.reward for record in records for candidate in record.candidates]
+    known = [reward for reward in rewards if reward is not None]
+    found: dict[str, Any] = {
+        "candidates": len(rewards),
+        "labelled": len(known),
+        "reward": sum(known) / max(len(known), 1),
+        "data": str(folder / "dataset"),
+    }
+    return {**found, "judge": judge_summary(folder)} if name == "llm" else found
+
+
 def source_of(shop: Workshop, name: str, records: Iterable[ProcessRecord], actor: Decoder, how: How) -> RewardSource:
-    """The named source for these records; InputError for an unknown name, or for human labels without a sheet."""
+    """The named source for these records; raises InputError as `worldless_source` does."""
     if name == "support":
         return support_source(shop.task.judge)
     if name == "rollouts":
         return RolloutSource(
             continuing(shop), Policy(shop.config, actor), shop.key(name), how.continuations, how.metric
         )
+    return worldless_source(name, records, how, shop.settings.seed, _folder(shop, name))
+
+
+def worldless_source(
+    name: str, records: Iterable[ProcessRecord], how: How, seed: int, folder: Path, decide: Decide = bare_decisions
+) -> RewardSource:
+    """The named source of those that need no world; what a judge was asked is kept in `folder`.
+
+    Raises InputError for an unknown name, or for human labels without a sheet.
+    """
     if name == "outcome":
-        return outcome_source(records, how.metric)
+        return outcome_source(records, how.metric, decide)
     if name == "random":
-        return random_source(shop.settings.seed)
+        return random_source(seed)
     if name == "llm":
-        return open_judge(how, _folder(shop, name), shop.settings.seed)
+        return open_judge(how, folder, seed)
     if name != "human":
         raise InputError("unknown source of rewards", got=repr(name), remedy=f"Use one of {', '.join(SOURCES)}.")
     if how.sheet is None:
@@ -156,7 +172,7 @@ def _folder(shop: Workshop, name: str) -> Path:
     return shop.out / "labels" / name
 
 
-def judged(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
+def judged(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
     """Every state with a labelled candidate, with its distinct labelled candidates, at most `contrasts` of them.
 
     Unlabelled candidates are left out, and no label is read as good or bad: any source's rewards will do.
@@ -167,13 +183,13 @@ def judged(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
     return rows
 
 
-def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
+def _row(shop: Bench, record: ProcessRecord) -> Row | None:
     labels = {c.text: c.reward for c in record.candidates if c.reward is not None}
     # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
-    ids = shop.codec.encode(list(labels))
+    ids = candidate_ids(shop.codec, record, list(labels))
     texts = [text for text, i in zip(labels, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
     texts = texts[: shop.settings.contrasts]
-    return shop.codec.row(record.state, texts, [labels[text] for text in texts]) if texts else None
+    return record_row(shop.codec, record, texts, [labels[text] for text in texts]) if texts else None
 
 
 def critic_of_any_labels(shop: Workshop, name: str, actor: Decoder, rows: Sequence[Row]) -> Critic:

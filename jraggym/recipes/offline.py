@@ -23,6 +23,7 @@ from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import init
 from jraggym.models.lora import lora_specs
 from jraggym.objectives.agreement import Agreement, agreement
+from jraggym.recipes.bench import Bench
 from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
@@ -124,7 +125,7 @@ def _actor(experiment: Experiment, shop: Workshop, ready: Placed, run: Run, log:
     return as_model(shop, "actor", weights, result, ready.adapters(trained)), result
 
 
-def _fit(experiment: Experiment, shop: Workshop, run: Run, weights: Any, log: Log) -> Any:
+def _fit(experiment: Experiment, shop: Bench, run: Run, weights: Any, log: Log) -> Any:
     name, total = type(experiment).__name__.lower(), run.optimization.steps
 
     def report(step: int, metrics: dict) -> None:
@@ -150,9 +151,7 @@ def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 1
     return [dataclasses.replace(row, reference=kept[i].tolist()) for i, row in enumerate(rows)]
 
 
-def train_critic_model(
-    experiment: CriticTraining, shop: Workshop, start: Model, log: Log
-) -> tuple[Model, dict[str, Any]]:
+def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the critic, and how it agrees with the labels of the held-out questions."""
     ready = placed_decoder(experiment, shop, start.weights)
     table: Any = critic_specs(shop.config, likelihood=experiment.likelihood)
@@ -173,7 +172,7 @@ def train_critic_model(
     return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result
 
 
-def judge_agreement(shop: Workshop, ready: Placed, critic: Any, rows: Sequence[Row]) -> dict[str, Any]:
+def judge_agreement(shop: Bench, ready: Placed, critic: Any, rows: Sequence[Row]) -> dict[str, Any]:
     """Pair accuracy, accuracy by rank distance and calibration on all rows; no pairs where one label stands alone."""
     net, size = dataclasses.replace(ready.net, lora=None), shop.settings.states
     count = jax.jit(lambda weights, batch: agreement(net.scores(weights, batch), batch))

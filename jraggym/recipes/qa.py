@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.retrieval.presets import preset_of, preset_retriever
 from jraggym.retrieval.vectors import stored_vectors
 from jraggym.scripted import Lookup
+
+_PATHS = ("data_dir", "corpus", "encoder", "encoder_documents")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,19 @@ def deciding(qa: Qa) -> dict[str, Any]:
     found = {**dataclasses.asdict(qa), "chat": settings_of(qa.chat)}
     found["rules"] = {name: value for name, value in found["rules"].items() if name not in ("timeout", "slots")}
     return {name: value for name, value in found.items() if name != "out"}
+
+
+def evaluated(out: Path) -> Qa:
+    """The evaluation that a folder holds, by what `deciding` told of it; raises InputError where there is none."""
+    try:
+        found = json.loads((out / "job.json").read_text())
+        if found.pop("experiment") != "qa":
+            raise ValueError("another job")
+        chat, rules = Local(found.pop("chat")["model"]), AgentRules(**found.pop("rules"))
+        paths = {name: found[name] and Path(found[name]) for name in _PATHS}
+        return Qa(chat, out, rules=rules, **{**found, **paths})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{out} holds no evaluation", got=error, remedy="Name a folder of eval.qa.") from error
 
 
 def check(qa: Qa) -> None:

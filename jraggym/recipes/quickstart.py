@@ -13,16 +13,11 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import jax
 
 from jraggym import steps
 from jraggym.batch import ProcessBatch
-from jraggym.checkpoint import Checkpointer
 from jraggym.collection import collect
 from jraggym.data.plan import demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
@@ -32,6 +27,7 @@ from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
 from jraggym.objectives.pairs import POSITIVE
+from jraggym.recipes.bench import Bench, candidate_ids, record_row
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -39,50 +35,21 @@ from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
 from jraggym.text.actions import format_action
-from jraggym.text.batching import EMPTY_ROW, Batches, Codec, Row, buckets, collate
-from jraggym.text.chat import ChatCodec
-from jraggym.text.huggingface import HuggingFaceTokenizer
+from jraggym.text.batching import EMPTY_ROW, Batches, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.training import BatchSource, Run, fit
+from jraggym.training import BatchSource, Run
 from jraggym.types import Answer, Search
-
-Progress = Callable[[str, int, int, Mapping[str, Any] | None], None]  # (stage, done, total, metrics)
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What all stages share: the task, its retrievers, the tokenizer, where results lie, and who is told."""
+class Workshop(Bench):
+    """What all stages in a world share: the task and its retrievers, beside what training takes."""
 
-    settings: Settings
     task: Task
     train_retriever: HybridRetriever
     test_retriever: HybridRetriever
     development_retriever: HybridRetriever | None
-    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer
-    out: Path
-    progress: Progress
-
-    @property
-    def config(self) -> DecoderConfig:
-        return self.settings.model
-
-    @property
-    def codec(self) -> Codec:
-        limits = self.settings.max_turns, self.settings.max_prompt
-        if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return ChatCodec(self.tokenizer, *limits)
-        return Codec(self.tokenizer, *limits)
-
-    def key(self, name: str) -> jax.Array:
-        """The random key of a stage; stages do not share randomness."""
-        return jax.random.fold_in(jax.random.key(self.settings.seed), random.Random(name).getrandbits(31))
-
-    def fit(self, name: str, weights: Any, run: Run) -> Any:
-        """Trains one model under `out`/checkpoints/`name`, resumably."""
-        total = run.optimization.steps
-        saved = Checkpointer(self.out / "checkpoints" / name, keep=1)
-        return fit(run, weights, saved, report=lambda step, metrics: self.progress(name, step, total, metrics))
 
 
 def train_tokenizer(task: Task, settings: Settings) -> SentencePieceTokenizer:
@@ -209,7 +176,7 @@ def collector(shop: Workshop, select: str = "reward") -> Rollout:
     return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
 
 
-def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool = False):
+def labelled(shop: Bench, records: Iterable[ProcessRecord], *, shuffle: bool = False):
     """Batches of the states with a preference, through grain.
 
     `shuffle` deals each state's rewards anew among its distinct candidates: the control.
@@ -220,7 +187,7 @@ def labelled(shop: Workshop, records: Iterable[ProcessRecord], *, shuffle: bool 
     return shuffled(shop, rows)
 
 
-def preferences(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
+def preferences(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
     """The states with a good candidate beside a worse one; InputError when there is none."""
     records = list(records)
     useful = [row for record in records if (row := _row(shop, record)) is not None]
@@ -233,14 +200,14 @@ def preferences(shop: Workshop, records: Iterable[ProcessRecord]) -> list[Row]:
     return useful
 
 
-def shuffled(shop: Workshop, rows: Sequence[Row]):
+def shuffled(shop: Bench, rows: Sequence[Row]):
     """Endless batches of the rows, through grain."""
     settings = shop.settings
     to_batch = functools.partial(batch_of, shop)
     return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
 
 
-def batch_of(shop: Workshop, rows: Sequence[Row], size: int = 0) -> ProcessBatch:
+def batch_of(shop: Bench, rows: Sequence[Row], size: int = 0) -> ProcessBatch:
     """The rows, and empty ones behind them up to `size`."""
     settings, empty = shop.settings, [EMPTY_ROW] * (size - len(rows))
     shape = {"prompt": settings.max_prompt, "action": settings.max_action, "candidates": settings.contrasts}
@@ -253,10 +220,10 @@ def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
     return [record for record in records if record.f1 > 0.75] or records
 
 
-def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
+def _row(shop: Bench, record: ProcessRecord) -> Row | None:
     """The record's distinct candidates, good and frequent ones first, or None unless good and worse are among them."""
     # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
-    ids = shop.codec.encode([c.text for c in record.candidates])
+    ids = candidate_ids(shop.codec, record, [c.text for c in record.candidates])
     fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
     labels = {c.text: c.reward for c in fitting if c.reward is not None}
     often = [text for text, _ in Counter(c.text for c in fitting).most_common() if text in labels]
@@ -266,7 +233,7 @@ def _row(shop: Workshop, record: ProcessRecord) -> Row | None:
         return None
     good = good[: shop.settings.contrasts - 1]
     texts = good + worse[: shop.settings.contrasts - len(good)]
-    return shop.codec.row(record.state, texts, [labels[text] for text in texts])
+    return record_row(shop.codec, record, texts, [labels[text] for text in texts])
 
 
 def _dealt(row: Row, seed: str) -> Row:

@@ -22,7 +22,13 @@ Decide = Callable[[Sequence[ProcessRecord]], list[Decision]]
 
 
 def bare_decisions(records: Sequence[ProcessRecord]) -> list[Decision]:
-    """What the records tell by themselves: nothing of supporting documents, nor of what a search would bring."""
+    """What the records tell by themselves: nothing of supporting documents, nor of what a search would bring.
+
+    Raises InputError for chats, whose candidates only their agent can read (agent_records.agent_decisions).
+    """
+    if any(record.messages is not None for record in records):
+        remedy = "Compare datasets that train.label made of them."
+        raise InputError("candidates of an agent are no actions in tags", got="chats", remedy=remedy)
     return [
         Decision(
             Example(record.example_id, record.question, record.golds),

@@ -49,6 +49,28 @@ def chat_ids(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message]) -> li
     return tokenizer.chat(shown)
 
 
+def reply_ids(tokenizer: HuggingFaceTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of an assistant's replies, each with the end of its turn; a special token in one is text and ends none."""
+    return [[*ids, tokenizer.end_ids[0]] for ids in tokenizer.encode([tokenizer.defuse(text) for text in texts])]
+
+
+def chat_row(
+    tokenizer: HuggingFaceTokenizer,
+    messages: Sequence[Message],
+    texts: Sequence[str],
+    rewards: Sequence[float | None] | None = None,
+) -> Row:
+    """A chat with K candidate replies, as critics read it: in training, with rewards, and when they score.
+
+    With rewards, repeated texts and unlabelled candidates do not count. Raises InputError when the template refuses
+    the messages.
+    """
+    actions, known = reply_ids(tokenizer, texts), [0.0] * len(texts) if rewards is None else rewards
+    counts = [r is not None and (rewards is None or texts[i] not in texts[:i]) for i, r in enumerate(known)]
+    own = [[True] * len(ids) for ids in actions]
+    return Row(chat_ids(tokenizer, messages), actions, own, [r or 0.0 for r in known], counts)
+
+
 @dataclass(frozen=True, slots=True)
 class ChatCodec(Codec):
     """A codec in the words of a chat model; `instruction` explains the actions."""

@@ -158,8 +158,10 @@ class HuggingFaceTokenizer:
     def defuse(self, text: str) -> str:
         """Breaks up special tokens in text from outside with a space, so that it cannot end a turn by one.
 
-        Where a family marks its turns by plain text ("[INST]" of the first Mistrals), that text stays as it is.
+        Halves of Unicode pairs, which no tokenizer reads, become question marks. Where a family marks its turns by
+        plain text ("[INST]" of the first Mistrals), that text stays as it is.
         """
+        text = text.encode("utf-8", "replace").decode()
         return self._special_pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
 
     @cached_property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jraggym import __version__
+from jraggym.chat_model import Message
 from jraggym.errors import InputError
 from jraggym.types import Candidate, State, candidate_from_json, state_from_json, to_json
 
@@ -35,7 +36,7 @@ class ProcessRecord:
     example_id: str
     step: int  # 0 is the episode's first state
     state: State
-    prompt: str  # the state as the actor saw it
+    prompt: str  # the state as the actor saw it; a chat as its messages in JSON, see `messages_text`
     golds: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     chosen: int  # index of the executed candidate
@@ -68,6 +69,21 @@ class ProcessRecord:
     @property
     def question(self) -> str:
         return self.state.question
+
+    @property
+    def messages(self) -> tuple[Message, ...] | None:
+        """The chat that the candidates complete; None where they are actions in tags (see text/actions.py)."""
+        if not self.prompt.startswith(_CHAT):
+            return None
+        return tuple(Message(**message) for message in json.loads(self.prompt))
+
+
+_CHAT = '[{"role": '  # how a chat begins, and no prompt in tags
+
+
+def messages_text(messages: Sequence[Message]) -> str:
+    """A chat as the `prompt` of a record."""
+    return json.dumps([{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False)
 
 
 def record_from_json(value: Mapping[str, Any]) -> ProcessRecord:

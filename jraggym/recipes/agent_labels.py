@@ -1,0 +1,96 @@
+"""Process rewards for the candidates that an evaluation's agent proposed: from episodes to a critic's training data."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jraggym.agent_records import agent_decisions, agent_records
+from jraggym.agents import AGENTS
+from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, build_dataset
+from jraggym.data.process.record import encode
+from jraggym.episode_log import EpisodeLog
+from jraggym.errors import InputError
+from jraggym.labelling import RewardSource
+from jraggym.recipes.labelling import How, found_labels, worldless_source
+from jraggym.recipes.qa import Qa, evaluated, open_questions, open_retriever
+from jraggym.sources.relabel import relabel
+from jraggym.sources.support import support_source
+from jraggym.types import Example
+
+
+@dataclass(frozen=True)
+class AgentLabel:
+    """Puts process rewards on the episodes of an evaluation, which had several candidates a turn."""
+
+    out: Path
+    """Folder of the labelled dataset; an unfinished job is continued."""
+    data: Path = Path("runs/qa")
+    """Folder of the evaluation (eval.qa), with --rules.candidates above 1."""
+    rewards: str = "llm"
+    """llm, support, outcome, random or human; see jraggym/sources."""
+    how: How = field(default_factory=How)
+    seed: int = 0
+    """Of the judge's orders, and of random."""
+
+
+def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any], None]) -> dict[str, Any]:
+    """Writes `out`/labels/REWARDS/dataset, resumably, and returns what is in it.
+
+    `report` gets (stage, questions done, of how many, None). Raises InputError for what is no evaluation, for episodes
+    without a candidate, and for a source that cannot label them.
+    """
+    qa, name = evaluated(experiment.data), experiment.rewards
+    about = Provenance(f"{qa.agent}, {qa.chat.model}", "none", qa.retriever, qa.rules.seed)
+    examples: dict[str, Example] = {}
+    records: list[ProcessRecord] = []
+    for example, episode in EpisodeLog(experiment.data / "episodes.jsonl").read():
+        examples[example.id] = example
+        records += agent_records(AGENTS[qa.agent], example, episode, qa.rules.max_turns, about)
+    if not records:
+        remedy = "Name the folder of an evaluation by eval.qa."
+        raise InputError(f"no candidate in {experiment.data}", got=f"{len(examples)} episodes", remedy=remedy)
+    if name == "rollouts":
+        remedy = "Use --rewards llm, support or outcome."
+        raise InputError("roll-outs continue in the embedded world alone", got="an evaluation", remedy=remedy)
+    folder = experiment.out / "labels" / name
+    decide = functools.partial(agent_decisions, agent=AGENTS[qa.agent], examples=examples, max_turns=qa.rules.max_turns)
+    notes: tuple[str, ...] = ()
+    source: RewardSource
+    if name == "support":
+        source, (retriever, notes) = _support(examples), _searches(qa)
+        decide = functools.partial(decide, retriever=retriever)
+    else:
+        source = worldless_source(name, records, experiment.how, experiment.seed, folder, decide)
+    store = ChunkStore(folder / "chunks", {"source": name, "records": _digest(records)})
+    done = functools.partial(_report, report, f"label, {name}", len(examples))
+    labelled = relabel(records, source, store, name=name, decide=decide, report=done)
+    return {**found_labels(build_dataset(folder / "dataset", labelled), folder, name), "notes": list(notes)}
+
+
+def _support(examples: dict[str, Example]) -> RewardSource:
+    if bare := [example.id for example in examples.values() if not example.support]:
+        got = f"{len(bare)} of {len(examples)} questions without any, such as {bare[0]!r}"
+        raise InputError("these labels need supporting documents", got=got, remedy="Use --rewards llm or outcome.")
+    return support_source()
+
+
+def _searches(qa: Qa) -> tuple[Any, tuple[str, ...]]:
+    """The evaluation's retriever, and the notes on its questions."""
+    questions = open_questions(qa)
+    return open_retriever(qa, questions.corpus, qa.out), questions.notes
+
+
+def _digest(records: list[ProcessRecord]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(encode(record) + b"\n")
+    return digest.hexdigest()
+
+
+def _report(report: Callable[[str, int, int, Any], None], stage: str, total: int, done: int) -> None:
+    report(stage, min(done, total), total, None)

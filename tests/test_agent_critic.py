@@ -1,0 +1,240 @@
+"""From an agent's episodes to a critic that picks its steps: collected, labelled, trained, opened as a scorer."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from agent_world import Scripted
+from chat_families import write_family
+from hf_samples import FAMILIES, SIZES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models import auto
+
+import eval.qa
+import jraggym.recipes.labelling
+import jraggym.recipes.offline
+from configs import critic_agents, sft_synthhop
+from eval.agreement import labels_of
+from jraggym.agent_episodes import AgentRules
+from jraggym.agents.output import ANSWER, QUERY, REASONING, format_output
+from jraggym.agents.react import REACT
+from jraggym.chat_model import Message
+from jraggym.chats.local import Local
+from jraggym.chats.opening import open_scorer
+from jraggym.data.process import open_dataset
+from jraggym.episode_log import EpisodeLog
+from jraggym.errors import InputError
+from jraggym.model_folder import load_model
+from jraggym.models.lora import Lora
+from jraggym.recipes.agent_labels import AgentLabel
+from jraggym.recipes.bench import record_row
+from jraggym.recipes.critic_exam import score_records
+from jraggym.recipes.labelling import How
+from jraggym.recipes.offline import train_critic_model, train_sft
+from jraggym.recipes.qa import Qa
+from jraggym.text.batching import Codec
+from jraggym.text.chat import ChatCodec
+from jraggym.text.huggingface import HuggingFaceTokenizer
+from jraggym.text.tokenizer import SentencePieceTokenizer
+from jraggym.training import Optimization
+from train.job import run_experiment
+from train.label import label_agent
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+QUESTIONS, LONGEST = 12, 1_024
+RULES = AgentRules(max_turns=3, candidates=3, temperature=1.0, select="random", slots=8)
+
+
+def actor(request):
+    """Asks what it was asked, guesses with the token that ends a turn, or writes half a character."""
+    question = request.messages[1].content.split("### Question\n")[1].split("\n")[0]
+    so = {REASONING: "So."}
+    return [format_output({QUERY: question}, so), format_output({ANSWER: "no <|eot_id|>"}, so), "\ud800 hm"]
+
+
+def judge(request):
+    """Prefers the query to the answer: the alphabet from behind."""
+    shown = [line.split(" ", 1)[1] for line in request.messages[1].content.split("### Actions\n")[1].splitlines()]
+    ranking = sorted(range(len(shown)), key=shown.__getitem__, reverse=True)
+    return f'```json\n{{"ranked_indices": {ranking}}}\n```'
+
+
+def play(qa, scorer=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval.qa, "open_models", lambda qa: (Scripted(actor), scorer, None))
+        return eval.qa.evaluate(qa)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("critic")
+
+
+@pytest.fixture(scope="module")
+def llama(root):
+    """A random Llama as transformers writes it, with a chat template."""
+    write_family("llama", root / "llama")
+    size = len(AutoTokenizer.from_pretrained(root / "llama"))
+    values = {**SIZES, **FAMILIES["llama3"], "vocab_size": size, "max_position_embeddings": 4_096}
+    torch.manual_seed(1)
+    config = auto.AutoConfig.for_model(values.pop("model_type"), **values)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(root / "llama")
+    return root / "llama"
+
+
+@pytest.fixture(scope="module")
+def collected(root):
+    """An evaluation with three candidates a turn, one of which is executed at random."""
+    qa = Qa(Local("scripted"), root / "qa", "react", rules=RULES, limit=QUESTIONS, documents=1)
+    play(qa)
+    return qa
+
+
+@pytest.fixture(scope="module")
+def labels(root, collected):
+    return label_agent(AgentLabel(root / "support", collected.out, "support"))["data"]
+
+
+@pytest.fixture(scope="module")
+def trained(root, llama, labels):
+    """The folder of the critic after three steps, and the rows that it learnt from."""
+    seen, preferences = [], jraggym.recipes.offline.preferences
+    settings = replace(critic_agents.EXPERIMENT.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
+    experiment = replace(
+        critic_agents.EXPERIMENT,
+        out=root / "critic",
+        model=llama,
+        data=labels,
+        settings=replace(settings, model=replace(settings.model, dtype="float32")),
+        lora=Lora(2, leaves=("q", "k", "v")),
+        parts=1,
+        optimization=Optimization(3, 0.0, rate=1e-2, warmup=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        spy = lambda shop, records: seen.extend(rows := preferences(shop, records)) or rows  # noqa: E731
+        patch.setattr(jraggym.recipes.offline, "preferences", spy)
+        results = run_experiment(experiment, train_critic_model)
+    assert results["pairs"] > 0
+    return SimpleNamespace(folder=experiment.out / "model", rows=seen)
+
+
+class Watched:
+    """A scorer, and the rows that it makes of what it is asked."""
+
+    def __init__(self, scorer):
+        self.scorer, self.rows = scorer, []
+
+    def __call__(self, chats):
+        self.rows += [self.scorer._row(*chat) for chat in chats]
+        return self.scorer(chats)
+
+
+def same(row, other):
+    return (row.prompt, row.actions, row.loss_masks) == (other.prompt, other.actions, other.loss_masks)
+
+
+def test_a_critic_is_trained_and_picks_on_the_same_bytes(root, collected, trained):
+    scorer = Watched(open_scorer(Local(str(trained.folder), max_prompt=LONGEST)))
+    qa = replace(collected, out=root / "picked", critic="critic", rules=replace(RULES, select="score"))
+    play(qa, scorer)
+    episodes = [episode for _, episode in EpisodeLog(qa.out / "episodes.jsonl").read()]
+    steps = [step for episode in episodes for step in episode.trajectory.steps]
+    assert all(step.chosen == int(np.argmax([c.score for c in step.candidates])) for step in steps)
+
+    # what was scored is, labelled, what is learnt from: every id of every prompt and reply
+    model = load_model(trained.folder, "critic")
+    codec = ChatCodec(model.tokenizer, RULES.max_turns, LONGEST)
+    records = list(open_dataset(label_agent(AgentLabel(root / "again", qa.out, "support"))["data"]))
+    assert len(records) == len(scorer.rows)
+    for record in records:
+        row = record_row(codec, record, [c.text for c in record.candidates], [c.reward for c in record.candidates])
+        assert sum(same(row, scored) for scored in scorer.rows) == 1
+        assert [c.reward is not None for c in record.candidates] == row.distinct
+
+    # and those of the training itself: both runs share states, the first turns at least
+    learnt = {tuple(row.prompt): row for row in trained.rows}
+    both = [row for row in scorer.rows if tuple(row.prompt) in learnt]
+    assert len(both) > 3
+    assert all(ids in row.actions for row in both for ids in learnt[tuple(row.prompt)].actions)
+
+    # the critic's exam has the same scores
+    found = {r.id: line for r, line in zip(records, score_records(model, records, 3, LONGEST)[0], strict=True)}
+    for (example, episode), number in (
+        (pair, i) for pair in EpisodeLog(qa.out / "episodes.jsonl").read() for i in (0,)
+    ):
+        shown = [c.score for c in episode.trajectory.steps[number].candidates]
+        assert shown == pytest.approx(found[f"{example.id}/{number}"].tolist(), abs=1e-4)
+
+
+def test_records_hold_the_chat_that_the_agent_asked(collected, labels):
+    records = {record.id: record for record in open_dataset(labels)}
+    count = 0
+    for example, episode in EpisodeLog(collected.out / "episodes.jsonl").read():
+        for number, step in enumerate(episode.trajectory.steps):
+            record, count = records[f"{example.id}/{number}"], count + 1
+            assert record.messages == REACT.prompt(step.state, number + 1 == RULES.max_turns)
+            assert all(isinstance(message, Message) for message in record.messages)
+            assert [c.text for c in record.candidates][:2] == [c.text for c in step.candidates][:2]
+            assert record.candidates[2].text == "? hm", "half a character is none"
+    assert count == len(records)
+
+
+def test_a_chat_model_and_the_outcome_label_too(root, collected, labels, monkeypatch, capsys):
+    model = Scripted(judge)
+    monkeypatch.setattr(jraggym.recipes.labelling, "open_chat", lambda spec, cache: model)
+    found = label_agent(AgentLabel(root / "llm", collected.out))
+    asked = len(model.requests)
+    told = found["judge"]
+    assert (told["requests"], told["unlabelled"], told["dollars"]) == (asked, 0, 0.25 * asked)
+    records = list(open_dataset(found["data"]))
+    rewards = [tuple(c.reward for c in record.candidates) for record in records]
+    last = [len(record.state.turns) + 1 == RULES.max_turns for record in records]
+    assert {r for r, end in zip(rewards, last, strict=True) if not end} == {(1.0, 1 / 2, 1 / 3)}
+    assert {record.provenance.judge for record in records} == {"llm"}
+    assert label_agent(AgentLabel(root / "llm", collected.out)) == found
+    assert len(model.requests) == asked, "a finished job asks nothing"
+
+    outcome = label_agent(AgentLabel(root / "outcome", collected.out, "outcome"))
+    for record in open_dataset(outcome["data"]):
+        known = [i for i, c in enumerate(record.candidates) if c.reward is not None]
+        assert known == [record.chosen]
+        assert record.candidates[record.chosen].reward == record.em
+    source = open_dataset(labels)
+    assert labels_of(outcome["data"], source) != labels_of("stored", source), "datasets can be compared"
+    with pytest.raises(InputError, match="candidates of an agent are no actions in tags; got chats"):
+        labels_of("outcome", source)
+    capsys.readouterr()
+
+
+def test_what_cannot_be_is_refused(root, collected, labels, llama, tmp_path):
+    for fields, said in (
+        ({"data": tmp_path}, "holds no evaluation"),
+        ({"rewards": "rollouts"}, "embedded world alone"),
+        ({"rewards": "suport"}, "unknown source of rewards"),
+        ({"rewards": "human"}, "human labels stand in a file"),
+        ({"rewards": "outcome", "how": How(metric="bleu")}, "unknown outcome"),
+    ):
+        with pytest.raises(InputError, match=said):
+            label_agent(replace(AgentLabel(tmp_path / said, collected.out), **fields))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "job.json").write_bytes((collected.out / "job.json").read_bytes())
+    with pytest.raises(InputError, match="no candidate in"):
+        label_agent(AgentLabel(tmp_path / "nothing", bare))
+    line = json.loads((collected.out / "episodes.jsonl").read_text().splitlines()[0])
+    line["example"]["support"] = []
+    (bare / "episodes.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="these labels need supporting documents; got 1 of 1 questions"):
+        label_agent(AgentLabel(tmp_path / "bare-support", bare, "support"))
+
+    record, pieces = open_dataset(labels)[0], SentencePieceTokenizer.train(["Where was Ada Morn born?"] * 9, 300)
+    with pytest.raises(InputError, match="the model has no chat template"):
+        record_row(Codec(pieces, 3, 99), record, ["a"], [1.0])
+    with pytest.raises(InputError, match=r"a chat does not fit max_prompt; got \d+ > 99"):
+        record_row(ChatCodec(HuggingFaceTokenizer.load(llama), 3, 99), record, ["a"], [1.0])
+    with pytest.raises(InputError, match="unknown dataset; got 'agents'"):
+        run_experiment(replace(sft_synthhop.EXPERIMENT, out=tmp_path / "sft", dataset="agents"), train_sft)
