@@ -41,6 +41,12 @@ def lookup(queries, k):
 
 def test_names():
     assert names("When did The Lion of Thebes, by Ai Weiwei's friend, win in 1990?") == ["Lion of Thebes", "Ai Weiwei"]
+    assert names("It is by Johann Strauss II. He met J. R. Tolkien near St. Louis, U.S. The end.") == [
+        "Johann Strauss II",
+        "J. R. Tolkien",
+        "St. Louis",
+        "U.S",
+    ]
     assert names("no names here, at 12") == []
     assert names("Ai Weiwei and Ai Weiwei") == ["Ai Weiwei and Ai Weiwei"]
 
@@ -189,14 +195,15 @@ def test_scores_equal_those_of_transformers(encoder, tmp_path):
     pairs = [
         ("Who was born in the sea?", "Port | the hills of Morn: a novel of the sea"),
         ("A novel", "b"),
-        ("the sea " * 5, "novel of the port and the hill " * 9),  # too long: the second text is cut
+        ("the sea and the hill " * 9, "novel"),  # longer than all that is read
+        ("the sea " * 5, "novel of the port and the hill " * 9),  # too long: the longer text is cut
     ]
     save_bert_critic(tmp_path / "critic", weights, encoder.query.config, tokenize)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "critic")
-    told = {"padding": True, "truncation": "only_second", "max_length": 24, "return_tensors": "pt"}
+    told = {"padding": True, "truncation": "longest_first", "max_length": 24, "return_tensors": "pt"}
     with torch.inference_mode():
         expected = model(**tokenizer([a for a, _ in pairs], [b for _, b in pairs], **told)).logits[:, 0].numpy()
     ours = PairScorer(weights, encoder.query.config, tokenize, batch=2)(pairs)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
-    assert len(set(ours)) == 3
+    assert len(set(ours)) == 4

@@ -22,7 +22,7 @@ from functools import lru_cache
 from jraggym.metrics import normalize_answer
 from jraggym.types import Document, Search, State
 
-_WORD = r"[A-Z0-9][\w'’.\-]*"
+_WORD = r"(?:(?:[A-Z]|Dr|Mr|Mrs|Ms|St)\.(?=\s+[A-Z])|[A-Z0-9](?:[\w'’\-]|\.(?=\w))*)"  # no full stop but "J. R.", "U.S"
 _INNER = r"(?:of|the|and|de|in|la|von|van|for|du|der|on|&|to|a|at|del|di|da|el|al)"
 _NAME = re.compile(rf"{_WORD}(?:\s+{_WORD}|(?:\s+{_INNER})+\s+(?=[A-Z]){_WORD})*")  # not "Ai Weiwei in 2017"
 _OPENERS = frozenset(

@@ -59,7 +59,7 @@ def new_critic(encoder: BertEncoder, key: Array) -> BertCritic:
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Token ids of pairs "[CLS] first [SEP] second [SEP]"; a pair that is too long loses the end of its second text."""
+    """Token ids of pairs "[CLS] first [SEP] second [SEP]"; of a pair that is too long, the longer text loses its end."""
 
     tokenizer: Tokenizer
     limit: int = 96
@@ -69,7 +69,7 @@ class PairTokenizer:
         """The tokenizer of an encoder, with its own limit."""
         tokenizer = Tokenizer.from_str(encoder.query.tokenizer.to_str())
         tokenizer.no_padding()
-        tokenizer.enable_truncation(limit, strategy="only_second")
+        tokenizer.enable_truncation(limit, strategy="longest_first")
         return cls(tokenizer, limit)
 
     def __call__(self, pairs: Sequence[Pair], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
