@@ -59,7 +59,7 @@ def new_critic(encoder: BertEncoder, key: Array) -> BertCritic:
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Token ids of pairs "[CLS] first [SEP] second [SEP]"; of a pair that is too long, the longer text loses its end."""
+    """Ids of pairs "[CLS] first [SEP] second [SEP]"; of a pair that is too long, the longer text loses its end."""
 
     tokenizer: Tokenizer
     limit: int = 96
