@@ -257,7 +257,7 @@ class TranscriptEpisodes:
         if not waiting:
             return False
         number = waiting.popleft()
-        start = Transcript().append(self._prompts[number], Segment.PROMPT)
+        start = Transcript.start(self._prompts[number])
         self._slots[row] = _Open(number, start, last=self._limits.turns == 1 or not self._limits.searches)
         return True
 
