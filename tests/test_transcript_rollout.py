@@ -10,7 +10,7 @@ from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.objectives.forward import token_logprobs
 from jraggym.protocols.search_r1 import SEARCH_R1
 from jraggym.sampling import Sampling
-from jraggym.transcript_episodes import Limits
+from jraggym.transcript_episode import Limits
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Segment
 
