@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import httpx2
 import tenacity
 
-from jraggym.chats.answers import LIMITED, Fault, plain, read_fault
+from jraggym.chats.answers import LIMITED, Fault, Hopeless, plain, read_fault
 from jraggym.chats.pace import Pace
 from jraggym.errors import InputError
 
@@ -159,12 +159,10 @@ class Connection:
             for name, value in more.items():
                 setattr(self._usage, name, getattr(self._usage, name) + value)
 
-    def refused(self, fault: Fault) -> InputError:
+    def refused(self, fault: Hopeless) -> InputError:
         """The error for a fault of all requests alike."""
-        remedy = "Check base_url, model, and the key in the environment variable key_variable."
-        return InputError(
-            f"{self.server.base_url} refuses all requests to {self.server.model}", got=fault, remedy=remedy
-        )
+        what = f"{self.server.base_url} refuses all requests to {self.server.model}"
+        return InputError(what, got=fault, remedy=fault.remedy)
 
     def _attempt(
         self, line: Line, path: str, body: bytes, reserve: int, read: Callable[[str], Read]
