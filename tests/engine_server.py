@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import zlib
 from contextlib import contextmanager
@@ -59,12 +60,14 @@ class PieceTokenizer:
 
 class Engine(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    lock = threading.Lock()
+    lock, working = threading.Lock(), threading.Lock()
     plan: ClassVar[dict] = {}
     seen: ClassVar[list] = []
+    under_way: ClassVar[set] = set()  # threads
+    most: ClassVar[list] = [0]  # requests at once
 
     def do_GET(self):
-        self.send(200, json.dumps(self.seen))
+        self.send(200, json.dumps({"seen": self.seen, "most": self.most[0]}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -73,14 +76,22 @@ class Engine(BaseHTTPRequestHandler):
                 self.plan.clear()
                 self.plan.update(body)
                 self.seen.clear()
+                self.most[0] = 0
             return self.send(200, "{}")
         with self.lock:
             self.seen.append(body)
+            self.under_way.add(threading.get_ident())
+            self.most[0] = max(self.most[0], len(self.under_way))
             faults = self.plan.get(json.dumps(body["prompt"]), [])
             fault = faults.pop(0) if faults else ""
-            if fault.isdigit():
-                return self.send(int(fault), json.dumps({"error": {"message": f"error {fault}", "code": None}}))
-            answer = complete(body)
+        if fault == "slow":
+            time.sleep(0.3)
+        with self.working:
+            answer = {} if fault.isdigit() else complete(body)
+        with self.lock:
+            self.under_way.discard(threading.get_ident())
+        if fault.isdigit():
+            return self.send(int(fault), json.dumps({"error": {"message": f"error {fault}", "code": None}}))
         spoil(answer["choices"][0], fault)
         return self.send(200, json.dumps(answer), cut=fault == "cut")
 
@@ -94,6 +105,10 @@ class Engine(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+class Http(ThreadingHTTPServer):
+    request_queue_size = 64  # all episodes call at once
 
 
 def complete(body):
@@ -164,9 +179,9 @@ class Client:
         data = json.dumps({json.dumps(list(prompt)): kinds for prompt, kinds in faults}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.root}/plan", data, method="POST")).close()
 
-    def seen(self):
+    def seen(self, what="seen"):
         with urllib.request.urlopen(f"{self.root}/seen") as answer:
-            return json.load(answer)
+            return json.load(answer)[what]
 
 
 @contextmanager
@@ -191,6 +206,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     complete({"prompt": [1], "max_tokens": 1, "temperature": 0, "seed": 0, "stop": [], "stop_token_ids": [],
               "return_token_ids": True, "include_stop_str_in_output": True})  # fmt: skip
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    http = Http(("127.0.0.1", 0), Engine)
     print(http.server_port, flush=True)
     http.serve_forever()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import jax
 import numpy as np
@@ -91,9 +92,10 @@ def test_greedy_episodes_are_those_of_the_jitted_rollout_token_by_token(greedy):
 def test_a_request_holds_ids_and_all_that_decides_the_draw(served):
     finished = []
     episodes, _ = make(served, Sampling(temperature=0.7, top_p=0.9, top_k=5), extra='{"min_p": null}').run(
-        EXAMPLES[:2], PROMPTS[:2], 5, report=finished.append
+        EXAMPLES, PROMPTS, 5, report=finished.append
     )
     seen = served.seen()
+    assert len(seen) > len(EXAMPLES), "no second turns"
     first = next(body for body in seen if body["prompt"] == PROMPTS[0])
     rest = {name: value for name, value in first.items() if name not in ("prompt", "seed")}
     assert rest == {
@@ -104,7 +106,22 @@ def test_a_request_holds_ids_and_all_that_decides_the_draw(served):
     assert len({body["seed"] for body in seen}) == len(seen), "each episode and turn has its own seed"
     for body in seen:
         assert any(body["prompt"] == e.transcript.ids[: len(body["prompt"])].tolist() for e in episodes)
-    assert finished[-1] == 2
+    assert (finished, finished[-1]) == (sorted(finished), len(EXAMPLES))
+
+
+def test_as_many_episodes_as_allowed_are_under_way_and_searches_that_are_ready_go_together(served):
+    def slow(number, found):
+        while number == 0 and len(served.seen()) < len(EXAMPLES):  # all have their first turn, or nearly so
+            time.sleep(0.05)
+        time.sleep(0.5 * (number == 0))
+        return found
+
+    watched = Watched(toy_retriever(), slow)
+    make(served, retriever=watched, concurrency=16).run(EXAMPLES, PROMPTS, 0)
+    assert max(map(len, watched.calls)) > 1
+    served.plan((prompt, ["slow"]) for prompt in PROMPTS[::2])
+    make(served, concurrency=3).run(EXAMPLES, PROMPTS, 0)
+    assert served.seen("most") == 3
 
 
 def test_an_episode_is_decided_by_the_seed_and_its_name(served):
