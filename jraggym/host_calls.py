@@ -30,11 +30,11 @@ PIECE = 1 << 16
 class HostCalls:
     """The calls of one program; `results(name, b)` says what method `name` returns for b rows.
 
-    On a mesh a program calls for all rows, or, with `inside`, in a shard_map over all axes but "tensor", for a shard's.
+    With a `mesh` the program calls for all rows; one that is itself in a shard_map calls for its own, and needs none.
     """
 
-    def __init__(self, results: Callable[[str, int], Results], mesh: Mesh | None = None, inside: bool = False):
-        self._results, self._mesh, self._inside = results, mesh, inside
+    def __init__(self, results: Callable[[str, int], Results], mesh: Mesh | None = None):
+        self._results, self._mesh = results, mesh
         self._host: Any = None
         self._failure: Exception | None = None
         self._after: Callable[[str], None] = lambda name: None
@@ -60,12 +60,9 @@ class HostCalls:
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
-        whole = PartitionSpec()
-        sharded = whole if self._inside else batch_sharding(self._mesh).spec
-        # jax calls the host from where no axis is left to the compiler.
-        where: dict[str, Any] = {"axis_names": {"tensor"}} if self._inside else {"mesh": self._mesh}
+        sharded, whole = batch_sharding(self._mesh).spec, PartitionSpec()
         inputs = (whole, sharded, *(sharded for _ in arrays))
-        return jax.shard_map(on_shard, in_specs=inputs, out_specs=sharded, check_vma=False, **where)(
+        return jax.shard_map(on_shard, mesh=self._mesh, in_specs=inputs, out_specs=sharded, check_vma=False)(
             step, rows, *arrays
         )
 

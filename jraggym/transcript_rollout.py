@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jraggym.episodes import Retriever
 from jraggym.errors import InputError
@@ -31,7 +31,7 @@ from jraggym.models.decoder import Decoder, DecoderConfig
 from jraggym.models.slots import News, Slots, empty_slots, put_in
 from jraggym.protocols.protocol import Protocol
 from jraggym.sampling import Sampling
-from jraggym.sharding import batch_sharding, batch_shards, place
+from jraggym.sharding import place
 from jraggym.text.stop_strings import stop_table, token_texts
 from jraggym.text.tokenizer import Tokenizer
 from jraggym.transcript_episodes import Limits, TranscriptEpisode, TranscriptEpisodes
@@ -88,16 +88,16 @@ class TranscriptRollout:
     ):
         """`ends` are the ids that end a turn by themselves; `sampling.candidates` and `max_tokens` are not used.
 
-        On a `mesh` the slots are split over "data" and "fsdp", each shard runs a loop of its own and calls the host for
-        its own slots, and the weights are split over "tensor" alone.
+        On a `mesh` the slots are split over all its devices. Each of them runs a loop of its own, holds the weights
+        whole and waits for no other; one that cannot hold them needs a serving engine instead.
         """
-        if mesh is not None and engine.slots % batch_shards(mesh):
-            got = f"{engine.slots} slots and {batch_shards(mesh)} shards"
+        if mesh is not None and engine.slots % mesh.size:
+            got = f"{engine.slots} slots and {mesh.size} devices"
             raise InputError("the slots cannot be split over the mesh", got=got, remedy="Choose a multiple.")
         self._config, self._tokenizer, self._protocol, self._retriever = config, tokenizer, protocol, retriever
         self._sampling, self._limits, self._engine, self._ends = sampling, limits, engine, tuple(ends)
         self._table = jax.tree.map(jnp.asarray, stop_table(token_texts(tokenizer), protocol.stops, ends))
-        self._calls, self._mesh = HostCalls(self._shapes, mesh, inside=True), mesh
+        self._calls, self._mesh = HostCalls(self._shapes), mesh
         self._run = jax.jit(self._program if mesh is None else self._on_shards(mesh))
 
     @property
@@ -134,7 +134,7 @@ class TranscriptRollout:
             retriever,
             self._limits,
             slots=slots,
-            shards=1 if self._mesh is None else batch_shards(self._mesh),
+            shards=1 if self._mesh is None else self._mesh.size,
         )
         rows = np.arange(slots, dtype=np.int32)
 
@@ -142,21 +142,20 @@ class TranscriptRollout:
             if report is not None and name == "observe":
                 report(episodes.finished)
 
-        inputs, encoder = (rows, *episodes.start(rows)), self._retriever.params
+        inputs, encoder = (rows, *episodes.start()), self._retriever.params
         if self._mesh is not None:
-            inputs = place(inputs, batch_sharding(self._mesh))
+            inputs = place(inputs, NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names)))
         work = self._calls.run(episodes, lambda: self._run(actor, encoder, key, *inputs), after)
         return episodes.episodes(), _report(work, slots)
 
     def _on_shards(self, mesh: Mesh) -> Callable:
-        split, whole = batch_sharding(mesh).spec, PartitionSpec()
-        axes = {axis for axis in mesh.axis_names if axis != "tensor"}
+        split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
 
         def program(actor: Decoder, encoder: Any, key: Array, *inputs: Array) -> Work:
             specs = (whole, whole, whole, *(split for _ in inputs))
-            return jax.shard_map(
-                self._program, mesh=mesh, in_specs=specs, out_specs=split, axis_names=axes, check_vma=False
-            )(actor, encoder, key, *inputs)
+            return jax.shard_map(self._program, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(
+                actor, encoder, key, *inputs
+            )
 
         return program
 
