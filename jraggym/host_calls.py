@@ -28,7 +28,10 @@ PIECE = 1 << 16
 
 
 class HostCalls:
-    """The calls of one program; `results(name, b)` says what method `name` returns for b rows."""
+    """The calls of one program; `results(name, b)` says what method `name` returns for b rows.
+
+    With a `mesh` the program calls for all rows; one that is itself in a shard_map calls for its own, and needs none.
+    """
 
     def __init__(self, results: Callable[[str, int], Results], mesh: Mesh | None = None):
         self._results, self._mesh = results, mesh

@@ -45,7 +45,8 @@ class TranscriptEpisodes:
     ):
         self._rules = TranscriptRules(protocol, tokenizer, frozenset(ends), limits, digest)
         self._rules.check(examples, prompts)
-        self.examples, self.done = tuple(examples), [None] * len(examples)
+        self.examples = tuple(examples)
+        self.done: list[TranscriptEpisode | None] = [None] * len(examples)
         self._prompts, self._may_search = [tuple(p) for p in prompts], list(may_search)
         self._retriever = retriever
         self._names = [zlib.crc32(name.encode()) for name in episode_names(examples)]
@@ -62,10 +63,11 @@ class TranscriptEpisodes:
         """How many episodes have ended."""
         return sum(episode is not None for episode in self.done)
 
-    def start(self, rows: Rows) -> Next:
-        """What the device begins with in the rows; see `observe`."""
-        fresh = [self._enter(row) for row in rows]
-        return self._next(rows, fresh, [True] * len(rows))
+    def start(self) -> Next:
+        """What the device begins with in all rows; see `observe`."""
+        shards = np.arange(len(self._slots)).reshape(-1, self._per_shard)  # a donor is a row of its own shard
+        parts = [self._next(rows, [self._enter(row) for row in rows], [True] * len(rows)) for rows in shards]
+        return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
     def act(self, step: int, rows: Rows, stopped: np.ndarray, tokens, logprob, count) -> Next:
         """Reads the turns that have ended: stopped bool [b], tokens int32 and logprob f32 [b, A], count int32 [b].
