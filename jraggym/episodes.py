@@ -14,10 +14,9 @@ result, so the replicas of a shard on a model-parallel mesh share one retrieval,
 from __future__ import annotations
 
 import random
-import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from jraggym.environment import transition, wants_retrieval
 from jraggym.errors import InputError
+from jraggym.host_calls import Once, Rows
 from jraggym.labelling import Judge
 from jraggym.retrieval.guard import guarded
 from jraggym.selection import SELECTORS
@@ -33,7 +33,6 @@ from jraggym.text.batching import Codec
 from jraggym.types import Action, Candidate, Document, Example, Search, State, Step, Trajectory
 
 Documents = tuple[Document, ...]
-Rows = Sequence[int] | np.ndarray
 Prompts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -105,9 +104,7 @@ class Episodes:
         self._per_shard = max(size // shards, 1)
         self._waiting = [deque(range(size + shard, len(examples), shards)) for shard in range(shards)]
         self._pending: dict[tuple[int, int], _Pending] = {}
-        self._results: dict[tuple[str, int, int], Any] = {}
-        self._locks: dict[tuple[str, int, int], threading.Lock] = {}
-        self._guard = threading.Lock()  # of _locks
+        self._once = Once()
 
     @property
     def finished(self) -> int:
@@ -157,17 +154,6 @@ class Episodes:
         """The episodes, finished or not."""
         rows = zip(self.examples, self._steps, self._states, strict=True)
         return [Trajectory(example.id, tuple(steps), state) for example, steps, state in rows]
-
-    def _once(self, call: str, step: int, rows: Rows, work: Callable[[], Any]) -> Any:
-        key = (call, int(step), int(rows[0]))
-        with self._guard:
-            lock = self._locks.setdefault(key, threading.Lock())
-            # All results are kept: replicas along the "tensor" axis do not wait for one another, and one that lags some
-            # steps behind must find what the first one was told; doing the work again would move the episodes on.
-        with lock:  # one for each shard: none waits for another's retriever
-            if key not in self._results:
-                self._results[key] = work()
-            return self._results[key]
 
     def _open(self, row: int) -> int | None:
         """The number of the row's episode, if it has one that goes on."""

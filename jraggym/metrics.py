@@ -22,6 +22,7 @@ from jraggym.errors import InputError
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CLOSED = frozenset({"yes", "no", "noanswer"})  # HotpotQA: these are right or wrong, never partly right
+_SAME = {"true": "yes", "false": "no"}
 _PREFIX = re.compile(r"\A(?:the\s+)?answer(?:\s+is\b\s*:?|\s*:)\s*", re.IGNORECASE)
 # "(B) text", "B) text", "B. text", "B: text" or the letter alone; what follows is group 3
 _LETTER = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])(?:[.):]|\Z))\s*(.*)", re.DOTALL)
@@ -44,6 +45,33 @@ def hotpot_f1(prediction: str | None, golds: Sequence[str]) -> float:
     Raises InputError without golds.
     """
     return _best(_word_f1, prediction, golds)
+
+
+def true_false_f1(prediction: str | None, golds: Sequence[str]) -> float:
+    """`hotpot_f1` that takes "true" for yes and "false" for no (R1-Searcher, UR2); raises InputError without golds."""
+    return _best(lambda ours, gold: _word_f1(_SAME.get(ours, ours), _SAME.get(gold, gold)), prediction, golds)
+
+
+def plain_f1(prediction: str | None, golds: Sequence[str]) -> float:
+    """F1 of the multisets of normalised words, without a rule for yes and no (SQuAD 1.1; MMOA-RAG).
+
+    Raises InputError without golds.
+    """
+    return _best(lambda ours, gold: _overlap(Counter(ours.split()), Counter(gold.split())), prediction, golds)
+
+
+def set_f1(prediction: str | None, golds: Sequence[str]) -> float:
+    """F1 of the sets of lower-cased words, articles and punctuation kept (DeepResearcher); repeating costs nothing.
+
+    Raises InputError without golds.
+    """
+
+    def score(gold: str) -> float:
+        ours, theirs = (Counter(set(text.lower().split())) for text in (prediction or "", gold))
+        return _overlap(ours, theirs)
+
+    _refuse_none(golds)
+    return 0.0 if prediction is None else max(map(score, golds))
 
 
 def cover_exact_match(prediction: str | None, golds: Sequence[str]) -> float:
@@ -115,14 +143,18 @@ def paired_bootstrap(
 
 def _best(score: Callable[[str, str], float], prediction: str | None, golds: Sequence[str]) -> float:
     """The best `score` of the normalised prediction over the normalised golds."""
-    if isinstance(golds, str) or not golds:
-        raise InputError("gold answers must be a non-empty list", got=repr(golds), remedy="Give a tuple of texts.")
+    _refuse_none(golds)
     if prediction is None:
         return 0.0
     ours = normalize_answer(prediction)
     return max(
         score(ours, theirs) if (theirs := normalize_answer(gold)) else _same_raw(prediction, gold) for gold in golds
     )
+
+
+def _refuse_none(golds: Sequence[str]) -> None:
+    if isinstance(golds, str) or not golds:
+        raise InputError("gold answers must be a non-empty list", got=repr(golds), remedy="Give a tuple of texts.")
 
 
 def _same_raw(prediction: str, gold: str) -> float:
@@ -133,10 +165,12 @@ def _same_raw(prediction: str, gold: str) -> float:
 def _word_f1(ours: str, gold: str) -> float:
     if ours != gold and (ours in _CLOSED or gold in _CLOSED):
         return 0.0
-    predicted, wanted = ours.split(), gold.split()
-    common = (Counter(predicted) & Counter(wanted)).total()
-    # 2PR / (P + R) with P = common / |predicted| and R = common / |wanted|
-    return 2 * common / (len(predicted) + len(wanted))
+    return _overlap(Counter(ours.split()), Counter(gold.split()))
+
+
+def _overlap(ours: Counter[str], gold: Counter[str]) -> float:
+    """2PR / (P + R) with P = common / |ours| and R = common / |gold|."""
+    return 2 * (ours & gold).total() / max(ours.total() + gold.total(), 1)
 
 
 def _letters_of(text: str, options: Mapping[str, str]) -> list[str]:

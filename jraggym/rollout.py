@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,16 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jraggym.episodes import Episodes, Retriever, Rules
 from jraggym.errors import InputError
+from jraggym.host_calls import HostCalls
 from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
 from jraggym.sampling import Samples, Sampling, sample
 from jraggym.sharding import batch_sharding, batch_shards, place
 from jraggym.text.batching import Codec
 from jraggym.types import Example, State, Trajectory
-
-# Bytes of a callback's operand. JAX hands operands over as arrays of its own, and those above 100 KB are filled by
-# the very threads that wait in the callbacks: with as many devices as threads, none is left to do it.
-PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,7 @@ class Rollout:
         self._stops = jnp.array(codec.stops)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._encoder = retriever.params if whole is None else place(retriever.params, whole)
-        self._episodes: Episodes | None = None
-        self._failure: Exception | None = None
-        self._report: Callable[[int], None] | None = None
+        self._calls = HostCalls(self._shapes, mesh)
         self._run = jax.jit(self._program)
 
     @property
@@ -115,10 +109,12 @@ class Rollout:
         inputs = (rows, *episodes.prompts(rows))
         if self._mesh is not None:
             inputs = place(inputs, batch_sharding(self._mesh))
-        self._episodes, self._failure, self._report = episodes, None, report
-        self._run(policy.actor, policy.critic, self._encoder, key, *inputs).block_until_ready()
-        if self._failure is not None:
-            raise self._failure
+
+        def after(name: str) -> None:
+            if report is not None and name == "observe":
+                report(episodes.finished)
+
+        self._calls.run(episodes, lambda: self._run(policy.actor, policy.critic, self._encoder, key, *inputs), after)
         return episodes.trajectories()
 
     def _program(
@@ -131,12 +127,12 @@ class Rollout:
             keys = jax.vmap(lambda name, turn: jax.random.fold_in(jax.random.fold_in(key, name), turn))(name, turn)
             samples, score = self._propose(actor, critic, prompt, mask, opened, keys)
             # `acted` is `rows` again: handing it on makes observe wait for act, whatever the encoder does.
-            acted, ids, ids_mask = self._call("act", step, rows, samples.tokens, samples.mask, samples.logprob, score)
+            acted, ids, ids_mask = self._calls("act", step, rows, samples.tokens, samples.mask, samples.logprob, score)
             b, slots, width = ids.shape  # width 0 without an encoder
             flat = (b * slots, width)
             vectors = self._retriever.encode(encoder, ids.reshape(flat), ids_mask.reshape(flat))
             vectors = vectors.reshape(b, slots, vectors.shape[-1])
-            return (step + 1, *self._call("observe", step, acted, vectors))
+            return (step + 1, *self._calls("observe", step, acted, vectors))
 
         def go_on(carry: tuple) -> Array:
             return jnp.any(carry[3])
@@ -158,41 +154,6 @@ class Rollout:
             critic, self._config, prefix, tokens, jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)
         )
 
-    def _call(self, name: str, step: Array, rows: Array, *arrays: Array) -> Any:
-        """Calls `Episodes.<name>` on the host, on each shard of the rows for its own ones."""
-
-        def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
-            results = self._shapes(name, rows.shape[0])
-            on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
-            return jax.pure_callback(on_host, results, step, rows, *map(_pieces, arrays))
-
-        if self._mesh is None:
-            return on_shard(step, rows, *arrays)
-        sharded, whole = batch_sharding(self._mesh).spec, PartitionSpec()
-        inputs = (whole, sharded, *(sharded for _ in arrays))
-        return jax.shard_map(on_shard, mesh=self._mesh, in_specs=inputs, out_specs=sharded, check_vma=False)(
-            step, rows, *arrays
-        )
-
-    def _on_host(self, name: str, results: Sequence[Any], shapes: Sequence[tuple], step, rows, *pieces) -> Any:
-        """Puts the operands together again and calls `Episodes.<name>`.
-
-        A failure is kept for `run` to raise, and every row closes: an exception here would leave other shards waiting.
-        """
-        if self._failure is None:
-            try:
-                arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
-                episodes = self._episodes
-                assert episodes is not None
-                method: Callable = getattr(episodes, name)
-                result = method(int(step), np.asarray(rows), *arrays)
-                if self._report is not None and name == "observe":
-                    self._report(episodes.finished)
-                return result
-            except Exception as failure:
-                self._failure = self._failure or failure
-        return tuple(np.zeros(result.shape, result.dtype) for result in results)
-
     def _shapes(self, name: str, b: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What the callback returns for b rows."""
         struct = jax.ShapeDtypeStruct
@@ -203,8 +164,3 @@ class Rollout:
         size = self._codec.max_prompt
         prompts = struct((b, size), np.int32), struct((b, size), bool)
         return *prompts, struct((b,), bool), struct((b,), np.uint32), struct((b,), np.int32)
-
-
-def _pieces(x: Array) -> list[Array]:
-    """The array as flat pieces of at most `PIECE` bytes."""
-    return jnp.array_split(x.reshape(-1), max(1, -(-x.size * x.dtype.itemsize // PIECE)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from types import NoneType
 from typing import Any
 
@@ -56,6 +57,20 @@ class Malformed:
 
 
 Action = Search | Answer | Malformed
+
+
+class Segment(IntEnum):
+    """Who wrote a token of an episode that is one growing text."""
+
+    PAD = 0
+    PROMPT = 1
+    MODEL = 2  # drawn by the policy, its end token included: all that an objective may learn from
+    OBSERVATION = 3  # what a search brought, tags around it included
+    INVALID = 4  # what the environment says to an action that is none
+    FORCED = 5  # what the environment says before the last turn
+
+
+Piece = tuple[Segment, str]  # the text of tokens in a row that have one segment and one turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from toy_world import Watched, toy_codec, toy_examples, toy_retriever
 from jraggym.environment import wants_retrieval
 from jraggym.episodes import Episodes
 from jraggym.errors import InputError
+from jraggym.host_calls import PIECE
 from jraggym.labelling import support_judge
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.retrieval.hybrid import BrokenRetriever
-from jraggym.rollout import PIECE, Policy, Rollout, Rules
+from jraggym.rollout import Policy, Rollout, Rules
 from jraggym.sampling import Sampling
 from jraggym.sharding import batch_shards, make_mesh, place, shardings
 from jraggym.text.actions import parse_action

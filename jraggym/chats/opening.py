@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jraggym.chat_model import ChatModel
+from jraggym.chats.connection import Server
 from jraggym.chats.critic import CriticScorer
-from jraggym.chats.endpoint import Endpoint, Server
+from jraggym.chats.endpoint import Endpoint
 from jraggym.chats.local import Local, LocalChat
 from jraggym.porting.pretrained import open_model
 
