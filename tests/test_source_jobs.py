@@ -15,7 +15,7 @@ from eval.agreement import agree, labels_of
 from eval.pooled import Arguments as Pooled
 from eval.pooled import main as pool
 from eval.sources import NAMES, Arguments, run
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.data.process import build_dataset, open_dataset
 from jraggym.errors import InputError
 from jraggym.recipes.collecting import collect_data

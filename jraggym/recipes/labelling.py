@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jraggym import steps
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.chats.opening import ChatSpec, open_chat
 from jraggym.data.process import ChunkStore, ProcessRecord, ProcessSource, build_dataset, open_dataset
 from jraggym.episodes import Rules
