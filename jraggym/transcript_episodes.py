@@ -160,13 +160,17 @@ class TranscriptEpisodes:
             drawn = np.minimum(logprob[i, : count[i]], 0.0)  # rounding
             now.transcript = now.transcript.append(turns[i], Segment.MODEL, now.turns, drawn)
             now.draws, now.turns = now.draws + int(count[i]), now.turns + 1
-            allowed = self._may_search[now.number] and (not now.last or self._protocol.limit is not None)
-            actions[i] = action = read_action(self._protocol, texts[i], allowed)
+            actions[i] = action = self._read(now, texts[i])
             if isinstance(action, Search) and not (now.last or self._known(now, action)):
                 queries[i] = action.query
         self._pending[int(step), int(rows[0])] = actions, queries
         ids, mask = self._retriever.tokenize(queries)
         return np.asarray(rows, np.int32), ids, mask
+
+    def _read(self, now: _Open, turn: str) -> Action:
+        """The action of the turn that has just ended."""
+        allowed = self._may_search[now.number] and (not now.last or self._protocol.limit is not None)
+        return read_action(self._protocol, turn, allowed)
 
     def _known(self, now: _Open, action: Search) -> bool:
         return self._protocol.repeated is not None and action.query in now.asked
@@ -283,8 +287,12 @@ class TranscriptEpisodes:
                 donor[i], known = donors[i], len(ids) - 1
             news = ids[known:-1]
             tokens[i, : len(news)], count[i], start[i], last[i] = news, len(news), known, ids[-1]
-            limit[i] = min(limits.turn, limits.total - len(ids))
+            limit[i] = self._limit(now)
         return tokens, count, start, last, donor, np.array(changed), opened, limit, name, number
+
+    def _limit(self, now: _Open) -> int:
+        """How many tokens the model may draw in its next turn."""
+        return min(self._limits.turn, self._limits.total - len(now.transcript))
 
     def _donors(self, rows: Rows, fresh: Sequence[bool]) -> dict[int, int]:
         """For each row that begins, another row with the same prompt, which has it or computes it now."""
