@@ -134,7 +134,7 @@ def make_case(config: Config, shape: str) -> Case:
     world = make_world("test", config.seed, questions=config.questions)
     corpus = Corpus.from_documents(world.documents)
     texts = [plain(opening(SEARCH_R1, example.question)) for example in world.examples]
-    tokenizer = SentencePieceTokenizer.train([*corpus.texts(), *texts], 1024)
+    tokenizer = SentencePieceTokenizer.train([*corpus.texts(), *texts[:4]], 1024)
     model = DecoderConfig(vocab=tokenizer.vocab_size, **SHAPES[shape])
     weights = init(specs(model), jax.random.key(config.seed))
     retriever = HybridRetriever(corpus, TfidfEncoder.fit(corpus.texts()), k=config.documents)
@@ -238,16 +238,18 @@ def compare(case: Case, folder: Path) -> None:
     config, run = case.config, make_ours(case, case.config.temperature)
     first, _ = timed(lambda: run(config.questions))
     seconds, (episodes, report) = min((timed(lambda: run(config.questions)) for _ in range(config.repeats)), key=_first)
-    observed = [(e.transcript.segment == Segment.OBSERVATION).sum() / max(len(e.queries), 1) for e in episodes]
+    n, drawn = len(episodes), report.drawn
+    observed = sum((e.transcript.segment == Segment.OBSERVATION).sum() for e in episodes)
+    prompt, found = np.mean([*map(len, case.prompts)]), observed / sum(len(e.queries) for e in episodes)
+    print(f"  {n} episodes of {case.schedule.turns.mean():.2f} turns and {drawn / n:.0f} drawn tokens;", end=" ")
+    print(f"prompts of {prompt:.0f}, observations of {found:.0f} tokens")
     print(
-        f"  {len(episodes)} episodes, {case.schedule.turns.mean():.2f} turns, {report.drawn / len(episodes):.0f} tokens drawn in "
-        f"each; prompts of {np.mean([*map(len, case.prompts)]):.0f}, observations of {np.mean(observed):.0f} tokens\n"
-        f"  slots in use {report.utilisation:.1%}; {report.steps} steps, {report.blocks} blocks; first call {first:.1f} s, "
-        f"of which about {first - seconds:.1f} s compile\n"
-        f"  {'':<12}{'batch':>6}{'seconds':>9}{'episodes/s':>12}{'drawn/s':>10}{'prefilled/episode':>19}{'ratio':>7}"
+        f"  slots in use {report.utilisation:.1%} of {report.steps} steps; {report.blocks} blocks of prefill;", end=" "
     )
-    ours = len(episodes) / seconds
-    _row("jraggym", config.engine.slots, seconds, len(episodes), report.drawn, report.prefilled, 1.0)
+    print(f"first call {first:.1f} s, of which {first - seconds:.1f} s compile")
+    print(f"  {'':<12}{'batch':>6}{'seconds':>9}{'episodes/s':>12}{'drawn/s':>10}{'prefilled/episode':>19}{'ratio':>7}")
+    ours = n / seconds
+    _row("jraggym", config.engine.slots, seconds, n, drawn, report.prefilled, 1.0)
     for name in config.peers:
         seconds, loop, batch = time_loop(case, PEERS[name](case, folder, config.temperature))
         n = len(loop.transcripts)
@@ -259,10 +261,8 @@ def _first(pair: tuple) -> float:
 
 
 def _row(name: str, batch: int, seconds: float, n: int, drawn: int, fed: int, ratio: float) -> None:
-    print(
-        f"  {name:<12}{batch:>6}{seconds:>9.2f}{n / seconds:>12.2f}{drawn / seconds:>10,.0f}{fed / n:>19,.0f}{ratio:>7.1f}",
-        flush=True,
-    )
+    rates = f"{seconds:>9.2f}{n / seconds:>12.2f}{drawn / seconds:>10,.0f}"
+    print(f"  {name:<12}{batch:>6}{rates}{fed / n:>19,.0f}{ratio:>7.1f}", flush=True)
 
 
 def agree(case: Case, folder: Path) -> None:
@@ -277,9 +277,8 @@ def agree(case: Case, folder: Path) -> None:
             for t, turns in zip(ours, loop.turns, strict=True)
         ]
         firsts, alike = sum(turns[0] for turns in same), sum(map(sum, same))
-        print(
-            f"  greedy, {name}: {firsts} of {len(same)} first turns and {alike} of {sum(map(len, same))} turns are the same"
-        )
+        print(f"  greedy, {name}: {firsts} of {len(same)} first turns are the same,", end=" ")
+        print(f"{alike} of all {sum(map(len, same))}", flush=True)
 
 
 def growth(case: Case) -> None:
@@ -289,7 +288,11 @@ def growth(case: Case) -> None:
     for turns in range(1, case.config.turns + 1):
         case.schedule.turns[:] = turns
         episodes, report = run(case.config.growth)
-        anew = [int((t.turn < i).sum() if i else len(t.prompt)) for t in (e.transcript for e in episodes) for i in range(turns)]
+        anew = [
+            int((t.turn < i).sum() if i else len(t.prompt))
+            for t in (e.transcript for e in episodes)
+            for i in range(turns)
+        ]
         n = len(episodes)
         print(f"  {turns:>6}{report.prefilled / n:>10,.0f}{sum(anew) / n:>20,.0f}{sum(anew) / report.prefilled:>7.1f}")
     case.schedule.turns[:] = planned
