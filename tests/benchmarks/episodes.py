@@ -23,7 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -66,7 +68,7 @@ class Config:
     turns: int = 8  # an episode has 1 to as many
     shortest: int = 16  # turn
     longest: int = 44
-    documents: int = 3
+    documents: int = 8
     found: int = 160  # tokens of an observation at most
     temperature: float = 1.0
     batches: tuple[int, ...] = (16, 64)  # of the loops: the fastest is taken
@@ -127,6 +129,15 @@ class Loop:
     fed: int = 0
     transcripts: list[list[int]] = field(default_factory=list)
     turns: list[list[list[int]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a call gave; on a busy machine its seconds of CPU say more than the clock."""
+
+    seconds: float
+    cpu: float
+    result: Any
 
 
 def make_case(config: Config, shape: str) -> Case:
@@ -211,33 +222,36 @@ def retrieve(case: Case, queries: Sequence[str]) -> list:
     return found[: len(queries)]
 
 
-def time_loop(case: Case, generate: Generate) -> tuple[float, Loop, int]:
-    """Seconds of the fastest run at the fastest batch; all shapes have been run before."""
+def time_loop(case: Case, generate: Generate) -> tuple[Run, int]:
+    """The fastest run at the fastest batch; all shapes have been run before."""
     tries = {}
     for batch in case.config.batches:
-        run_loop(case, generate, case.config.loop_questions, batch)
-        tries[batch] = timed(lambda batch=batch: run_loop(case, generate, case.config.loop_questions, batch))
-    batch = min(tries, key=lambda b: tries[b][0])
-    runs = [tries[batch]]
-    while len(runs) < case.config.repeats:
-        runs.append(timed(lambda: run_loop(case, generate, case.config.loop_questions, batch)))
-    return (*min(runs, key=lambda run: run[0]), batch)
+        call = partial(run_loop, case, generate, case.config.loop_questions, batch)
+        call()
+        tries[batch] = timed(call)
+    batch = min(tries, key=lambda b: tries[b].seconds)
+    call = partial(run_loop, case, generate, case.config.loop_questions, batch)
+    return fastest([tries[batch], *(timed(call) for _ in range(case.config.repeats - 1))]), batch
 
 
 # ---------------------------------------------------------------- all
 
 
-def timed(call: Callable) -> tuple:
-    start = time.perf_counter()
+def timed(call: Callable[[], Any]) -> Run:
+    start, cpu = time.perf_counter(), time.process_time()
     result = call()
-    return time.perf_counter() - start, result
+    return Run(time.perf_counter() - start, time.process_time() - cpu, result)
+
+
+def fastest(runs: Sequence[Run]) -> Run:
+    return min(runs, key=lambda run: run.seconds)
 
 
 def compare(case: Case, folder: Path) -> None:
     """Prints a row for each side."""
-    config, run = case.config, make_ours(case, case.config.temperature)
-    first, _ = timed(lambda: run(config.questions))
-    seconds, (episodes, report) = min((timed(lambda: run(config.questions)) for _ in range(config.repeats)), key=_first)
+    config, call = case.config, partial(make_ours(case, case.config.temperature), case.config.questions)
+    first, ours = timed(call), fastest([timed(call) for _ in range(config.repeats)])
+    episodes, report = ours.result
     n, drawn = len(episodes), report.drawn
     observed = sum((e.transcript.segment == Segment.OBSERVATION).sum() for e in episodes)
     prompt, found = np.mean([*map(len, case.prompts)]), observed / sum(len(e.queries) for e in episodes)
@@ -246,23 +260,21 @@ def compare(case: Case, folder: Path) -> None:
     print(
         f"  slots in use {report.utilisation:.1%} of {report.steps} steps; {report.blocks} blocks of prefill;", end=" "
     )
-    print(f"first call {first:.1f} s, of which {first - seconds:.1f} s compile")
-    print(f"  {'':<12}{'batch':>6}{'seconds':>9}{'episodes/s':>12}{'drawn/s':>10}{'prefilled/episode':>19}{'ratio':>7}")
-    ours = n / seconds
-    _row("jraggym", config.engine.slots, seconds, n, drawn, report.prefilled, 1.0)
+    print(f"first call {first.seconds:.1f} s, of which {first.seconds - ours.seconds:.1f} s compile")
+    head = f"{'batch':>6}{'seconds':>9}{'CPU s':>8}{'episodes/s':>12}{'drawn/s':>9}{'prefilled/episode':>19}"
+    print(f"  {'':<10}{head}{'ratio':>7}{'of CPU s':>10}")
+    _row("jraggym", config.engine.slots, ours, ours, (n, n), drawn, report.prefilled)
     for name in config.peers:
-        seconds, loop, batch = time_loop(case, PEERS[name](case, folder, config.temperature))
-        n = len(loop.transcripts)
-        _row(name, batch, seconds, n, loop.drawn, loop.fed, ours * seconds / n)
+        run, batch = time_loop(case, PEERS[name](case, folder, config.temperature))
+        loop = run.result
+        _row(name, batch, run, ours, (len(loop.transcripts), n), loop.drawn, loop.fed)
 
 
-def _first(pair: tuple) -> float:
-    return pair[0]
-
-
-def _row(name: str, batch: int, seconds: float, n: int, drawn: int, fed: int, ratio: float) -> None:
-    rates = f"{seconds:>9.2f}{n / seconds:>12.2f}{drawn / seconds:>10,.0f}"
-    print(f"  {name:<12}{batch:>6}{rates}{fed / n:>19,.0f}{ratio:>7.1f}", flush=True)
+def _row(name: str, batch: int, run: Run, ours: Run, episodes: tuple[int, int], drawn: int, fed: int) -> None:
+    n, share = episodes[0], episodes[1] / episodes[0]
+    rates = f"{run.seconds:>9.2f}{run.cpu:>8.2f}{n / run.seconds:>12.2f}{drawn / run.seconds:>9,.0f}{fed / n:>19,.0f}"
+    ratios = f"{share * run.seconds / ours.seconds:>7.1f}{share * run.cpu / ours.cpu:>10.1f}"
+    print(f"  {name:<10}{batch:>6}{rates}{ratios}", flush=True)
 
 
 def agree(case: Case, folder: Path) -> None:
