@@ -28,10 +28,13 @@ PIECE = 1 << 16
 
 
 class HostCalls:
-    """The calls of one program; `results(name, b)` says what method `name` returns for b rows."""
+    """The calls of one program; `results(name, b)` says what method `name` returns for b rows.
 
-    def __init__(self, results: Callable[[str, int], Results], mesh: Mesh | None = None):
-        self._results, self._mesh = results, mesh
+    On a mesh a program calls for all rows, or, with `inside`, in a shard_map over all axes but "tensor", for a shard's.
+    """
+
+    def __init__(self, results: Callable[[str, int], Results], mesh: Mesh | None = None, inside: bool = False):
+        self._results, self._mesh, self._inside = results, mesh, inside
         self._host: Any = None
         self._failure: Exception | None = None
         self._after: Callable[[str], None] = lambda name: None
@@ -57,9 +60,12 @@ class HostCalls:
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
-        sharded, whole = batch_sharding(self._mesh).spec, PartitionSpec()
+        whole = PartitionSpec()
+        sharded = whole if self._inside else batch_sharding(self._mesh).spec
+        # jax calls the host from where no axis is left to the compiler.
+        where: dict[str, Any] = {"axis_names": {"tensor"}} if self._inside else {"mesh": self._mesh}
         inputs = (whole, sharded, *(sharded for _ in arrays))
-        return jax.shard_map(on_shard, mesh=self._mesh, in_specs=inputs, out_specs=sharded, check_vma=False)(
+        return jax.shard_map(on_shard, in_specs=inputs, out_specs=sharded, check_vma=False, **where)(
             step, rows, *arrays
         )
 

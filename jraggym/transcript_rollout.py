@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from jraggym.episodes import Retriever
 from jraggym.errors import InputError
@@ -30,6 +31,7 @@ from jraggym.models.decoder import Decoder, DecoderConfig
 from jraggym.models.slots import News, Slots, empty_slots, put_in
 from jraggym.protocols.protocol import Protocol
 from jraggym.sampling import Sampling
+from jraggym.sharding import batch_sharding, batch_shards, place
 from jraggym.text.stop_strings import stop_table, token_texts
 from jraggym.text.tokenizer import Tokenizer
 from jraggym.transcript_episodes import Limits, TranscriptEpisode, TranscriptEpisodes
@@ -56,17 +58,16 @@ class Engine:
 class Report:
     """What a rollout computed, in tokens where nothing else is said."""
 
-    steps: int  # of decoding, each of all slots
-    drawn: int
-    prefilled: int
+    steps: int  # of decoding, each of all slots of a shard
+    offered: int  # places for a token in them
+    drawn: int  # places that an open turn drew in
     blocks: int  # of prefill
-
-    slots: int
+    prefilled: int
 
     @property
     def utilisation(self) -> float:
-        """The share of decoded tokens that were drawn for an open turn."""
-        return self.drawn / max(self.steps * self.slots, 1)
+        """The share of decoding that drew a token of an open turn."""
+        return self.drawn / max(self.offered, 1)
 
 
 class TranscriptRollout:
@@ -83,13 +84,21 @@ class TranscriptRollout:
         engine: Engine = Engine(),
         *,
         ends: Sequence[int] = (),
+        mesh: Mesh | None = None,
     ):
-        """`ends` are the ids that end a turn by themselves; `sampling.candidates` and `max_tokens` are not used."""
+        """`ends` are the ids that end a turn by themselves; `sampling.candidates` and `max_tokens` are not used.
+
+        On a `mesh` the slots are split over "data" and "fsdp", each shard runs a loop of its own and calls the host for
+        its own slots, and the weights are split over "tensor" alone.
+        """
+        if mesh is not None and engine.slots % batch_shards(mesh):
+            got = f"{engine.slots} slots and {batch_shards(mesh)} shards"
+            raise InputError("the slots cannot be split over the mesh", got=got, remedy="Choose a multiple.")
         self._config, self._tokenizer, self._protocol, self._retriever = config, tokenizer, protocol, retriever
         self._sampling, self._limits, self._engine, self._ends = sampling, limits, engine, tuple(ends)
         self._table = jax.tree.map(jnp.asarray, stop_table(token_texts(tokenizer), protocol.stops, ends))
-        self._calls = HostCalls(self._shapes)
-        self._run = jax.jit(self._program)
+        self._calls, self._mesh = HostCalls(self._shapes, mesh, inside=True), mesh
+        self._run = jax.jit(self._program if mesh is None else self._on_shards(mesh))
 
     @property
     def compilations(self) -> int:
@@ -125,6 +134,7 @@ class TranscriptRollout:
             retriever,
             self._limits,
             slots=slots,
+            shards=1 if self._mesh is None else batch_shards(self._mesh),
         )
         rows = np.arange(slots, dtype=np.int32)
 
@@ -132,21 +142,33 @@ class TranscriptRollout:
             if report is not None and name == "observe":
                 report(episodes.finished)
 
-        first = episodes.start(rows)
-        work, prefilled = self._calls.run(
-            episodes, lambda: self._run(actor, self._retriever.params, key, rows, *first), after
-        )
-        counts = Report(int(work.steps), int(work.drawn), int(prefilled), int(work.blocks), slots)
-        return episodes.episodes(), counts
+        inputs, encoder = (rows, *episodes.start(rows)), self._retriever.params
+        if self._mesh is not None:
+            inputs = place(inputs, batch_sharding(self._mesh))
+        work = self._calls.run(episodes, lambda: self._run(actor, encoder, key, *inputs), after)
+        return episodes.episodes(), _report(work, slots)
 
-    def _program(self, actor: Decoder, encoder: Any, key: Array, rows: Array, *first: Array) -> tuple[Work, Array]:
-        """The whole rollout on the device; the episodes themselves are on the host."""
+    def _on_shards(self, mesh: Mesh) -> Callable:
+        split, whole = batch_sharding(mesh).spec, PartitionSpec()
+        axes = {axis for axis in mesh.axis_names if axis != "tensor"}
+
+        def program(actor: Decoder, encoder: Any, key: Array, *inputs: Array) -> Work:
+            specs = (whole, whole, whole, *(split for _ in inputs))
+            return jax.shard_map(
+                self._program, mesh=mesh, in_specs=specs, out_specs=split, axis_names=axes, check_vma=False
+            )(actor, encoder, key, *inputs)
+
+        return program
+
+    def _program(self, actor: Decoder, encoder: Any, key: Array, rows: Array, *first: Array) -> Work:
+        """The whole rollout of a shard on the device; the episodes themselves are on the host."""
         engine, limits = self._engine, self._limits
-        slots = empty_slots(self._config, engine.slots, limits.total + max(engine.piece, engine.width))
-        nobody = self._nobody(key)
+        slots = empty_slots(self._config, rows.shape[0], limits.total + max(engine.piece, engine.width))
+        nobody = self._nobody(key, rows.shape[0])
+
         zero = jnp.int32(0)
 
-        def enter(slots: Slots, turns: Turns, told: Sequence[Array]) -> tuple[Slots, Turns, Array, Array]:
+        def enter(slots: Slots, turns: Turns, told: Sequence[Array]) -> tuple[Slots, Turns, Work]:
             """What the host says comes into the slots."""
             tokens, count, start, last, donor, changed, opened, limit, name, number = told
             start, last = jnp.where(changed, start, slots.length), jnp.where(changed, last, slots.last)
@@ -162,10 +184,10 @@ class TranscriptRollout:
                 jax.vmap(lambda name: jax.random.fold_in(key, name))(name),
                 jnp.where(changed, number, turns.number),
             )
-            return slots, fresh, blocks, jnp.sum(count)
+            return slots, fresh, Work(zero, zero, blocks, jnp.sum(count))
 
         def body(carry: tuple) -> tuple:
-            step, slots, turns, work, prefilled = carry
+            step, slots, turns, work = carry
             was = turns.open
             slots, turns, more = sample_turns(
                 actor, self._config, self._sampling, self._table, slots, turns, self._most(turns), engine.piece
@@ -174,22 +196,20 @@ class TranscriptRollout:
             acted, ids, mask = self._calls("act", step, rows, stopped, turns.tokens, turns.logprob, turns.count)
             vectors = self._retriever.encode(encoder, ids, mask)
             told = self._calls("observe", step, acted, vectors)
-            slots, turns, blocks, new = enter(slots, turns, told)
-            work = Work(work.steps + more.steps, work.drawn + more.drawn, work.blocks + blocks)
-            return step + 1, slots, turns, work, prefilled + new
+            slots, turns, new = enter(slots, turns, told)
+            return step + 1, slots, turns, jax.tree.map(lambda *x: sum(x), work, more, new)
 
-        slots, turns, blocks, new = enter(slots, nobody, first)
-        start = (zero, slots, turns, Work(zero, zero, blocks), new)
-        *_, work, prefilled = jax.lax.while_loop(lambda carry: jnp.any(carry[2].open), body, start)
-        return work, prefilled
+        start = (zero, *enter(slots, nobody, first))
+        work = jax.lax.while_loop(lambda carry: jnp.any(carry[2].open), body, start)[-1]
+        return jax.tree.map(lambda x: x[None], work)  # [shards]
 
     def _most(self, turns: Turns) -> Array:
         """How many turns may still be open when the others' are read: all but the patient share of those now open."""
         now = jnp.sum(turns.open)
         return now - jnp.maximum(1, (self._engine.patience * now).astype(jnp.int32))
 
-    def _nobody(self, key: Array) -> Turns:
-        b, a = self._engine.slots, self._limits.turn
+    def _nobody(self, key: Array, b: int) -> Turns:
+        a = self._limits.turn
         zeros, none = jnp.zeros(b, jnp.int32), jnp.zeros(b, bool)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
         return Turns(
@@ -205,3 +225,9 @@ class TranscriptRollout:
         size = max(self._limits.prompt, 2 * self._limits.observation + 1)
         flag = struct((b,), bool)
         return struct((b, size), np.int32), *[whole] * 4, flag, flag, whole, struct((b,), np.uint32), whole
+
+
+def _report(work: Work, slots: int) -> Report:
+    shards = work.steps.shape[0]
+    every = {name: int(jnp.sum(x)) for name, x in vars(work).items()}
+    return Report(**every, offered=every["steps"] * slots // shards)

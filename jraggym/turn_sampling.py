@@ -33,11 +33,12 @@ class Turns:
 
 @struct.dataclass
 class Work:
-    """What was computed: `steps` of all slots, `drawn` tokens that count, `blocks` of prefill."""
+    """What was computed, int32 each."""
 
-    steps: Array
-    drawn: Array
-    blocks: Array
+    steps: Array  # of decoding, each of all slots
+    drawn: Array  # tokens of open turns
+    blocks: Array  # of prefill
+    prefilled: Array  # tokens
 
 
 def sample_turns(
@@ -71,7 +72,7 @@ def sample_turns(
 
     before = jnp.sum(turns.count)
     slots, turns, steps = jax.lax.while_loop(going, go, (slots, turns, jnp.int32(0)))
-    return slots, turns, Work(steps, jnp.sum(turns.count) - before, jnp.int32(0))
+    return slots, turns, Work(steps, jnp.sum(turns.count) - before, jnp.int32(0), jnp.int32(0))
 
 
 def _piece(

@@ -1,5 +1,7 @@
 """Rollouts of transcripts: the cache across turns is exact, and an episode does not depend on its neighbours."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.objectives.forward import token_logprobs
 from jraggym.protocols.search_r1 import SEARCH_R1
 from jraggym.sampling import Sampling
+from jraggym.sharding import make_mesh, place, shardings
 from jraggym.transcript_episodes import Limits
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Segment
 
-CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=1, head_dim=8, feed_forward=32)
+CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 ENDS = (1, 2)
 LIMITS = Limits(turns=5, searches=3, turn=5, observation=9, total=64, prompt=12)
 KEY = jax.random.key(3)
@@ -28,9 +31,10 @@ def actor():
     return init(specs(CONFIG), jax.random.key(0))
 
 
-def make(engine=ENGINE, limits=LIMITS, retriever=None, protocol=SEARCH_R1):
-    retriever = retriever or toy_retriever()
-    return TranscriptRollout(CONFIG, ToyTokenizer(), protocol, retriever, Sampling(), limits, engine, ends=ENDS)
+def make(engine=ENGINE, limits=LIMITS, protocol=SEARCH_R1, **more):
+    return TranscriptRollout(
+        CONFIG, ToyTokenizer(), protocol, toy_retriever(), Sampling(), limits, engine, ends=ENDS, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,18 @@ def test_an_episode_in_a_batch_equals_the_same_one_alone(rollout, actor, found):
     episodes, _ = found
     alone = make(Engine(slots=1, piece=5, rows=1, width=16))
     for i in (0, 4, 8, 14):
-        name_first = [j for j in range(len(EXAMPLES)) if EXAMPLES[j].id == EXAMPLES[i].id][0]
-        single, _ = alone.run(actor, EXAMPLES[name_first : i + 1], PROMPTS[name_first : i + 1], KEY)
+        first = i - i % 3  # a copy's name says which copy it is
+        single, _ = alone.run(actor, EXAMPLES[first : i + 1], PROMPTS[first : i + 1], KEY)
         assert view(single[-1:]) == view(episodes[i : i + 1])
     assert alone.compilations == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 1, 2), (1, 2, 2), (8, 1, 1)])
+def test_episodes_on_a_mesh_are_those_of_one_device(actor, found, shape):
+    mesh = make_mesh(*shape)
+    placed = place(actor, shardings(specs(CONFIG), mesh))
+    rollout = make(replace(ENGINE, slots=8), mesh=mesh)
+    episodes, report = rollout.run(placed, EXAMPLES, PROMPTS, KEY)
+    assert view(episodes) == view(found[0])
+    assert report.drawn == found[1].drawn
+    assert rollout.compilations == 1

@@ -1,6 +1,7 @@
 """Tag protocols, a file each, and the functions that read them: pure text, without tokens or arrays."""
 
 from jraggym.protocols.protocol import Protocol, neutralise, observation, opening, plain
+from jraggym.protocols.r1_searcher import R1_SEARCHER
 from jraggym.protocols.reading import final_answer, read_action
 from jraggym.protocols.research_rl import RESEARCH_RL
 from jraggym.protocols.search_o1_tags import SEARCH_O1_TAGS
@@ -13,6 +14,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "research_rl": RESEARCH_RL,
     "search_o1_tags": SEARCH_O1_TAGS,
     "sections": SECTIONS,
+    "r1_searcher": R1_SEARCHER,
 }
 
 __all__ = [

@@ -43,8 +43,8 @@ def _read_tags(protocol: Protocol, turn: str, may_search: bool) -> Action:
     if protocol.result and any(tag in turn for tag in protocol.result):
         return Malformed(f"{protocol.result[0]} is for what a search brings")
     searches, answers = _bodies(protocol.search, turn), _bodies(protocol.answer, turn)
-    if isinstance(searches, Malformed) or isinstance(answers, Malformed):
-        return searches if isinstance(searches, Malformed) else answers  # type: ignore[return-value]
+    if searches is None or answers is None:
+        return Malformed("the tags of an action are no pairs")
     if len(searches) + len(answers) > 1:
         return Malformed("more than one action")
     if searches:
@@ -68,13 +68,13 @@ def _search(protocol: Protocol, turn: str, body: str) -> Action:
     return Search(query, _thought(protocol, before)) if fault is None else Malformed(fault)
 
 
-def _bodies(pair: Pair | None, text: str) -> list[str] | Malformed:
-    """What stands between the tags, or Malformed where tags are no pairs."""
+def _bodies(pair: Pair | None, text: str) -> list[str] | None:
+    """What stands between the tags, or None where tags are no pairs."""
     if pair is None:
         return []
     before, *parts = text.split(pair[0])
     if pair[1] in before or any(part.count(pair[1]) != 1 for part in parts):
-        return Malformed(f"{pair[0]} and {pair[1]} are no pairs")
+        return None
     return [part.partition(pair[1])[0] for part in parts]
 
 
