@@ -10,7 +10,7 @@ what is drawn and what is found are appended as ids, and finished episodes leave
 `generate`, `tunix` google-tunix's vanilla sampler (left out with --peers hf, where it is not installed).
 
 Random weights end no turn: a schedule, drawn from the seed, says how many tokens each turn has and which turn is the
-last; all others are read as a search for their text. A sampled stop token ends a turn, too. Each loop runs at the
+last; all others are read as a search for the question and their text. A sampled stop token ends a turn, too. Each loop runs at the
 batch that is fastest for it, and its shapes are rounded up so that it compiles little; the first runs, which compile
 or warm up, are left out, and the fastest of the repeats counts. At temperature 0 all sides must draw the same: how
 many turns agree is printed. Nothing is asserted: the figures depend on the machine, which should be idle.
@@ -88,13 +88,6 @@ class Schedule:
     lengths: np.ndarray
     turns: np.ndarray
 
-    def read(self, episode: int, turn: int, text: str) -> Action:
-        """The action of an episode's turn, counted from 1: whatever is written is a search for it."""
-        if turn >= self.turns[episode]:
-            return Answer("none")
-        printable = "".join(char for char in text if char.isprintable())
-        return Search(neutralise(printable).strip() or "nothing")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -113,6 +106,13 @@ class Case:
     def stops(self) -> list[int]:
         """The stop strings, which are one token each here."""
         return [self.tokenizer.token_id(stop) for stop in SEARCH_R1.stops]
+
+    def read(self, episode: int, turn: int, text: str) -> Action:
+        """The action of an episode's turn, counted from 1: a search for its question and whatever was written."""
+        if turn >= self.schedule.turns[episode]:
+            return Answer("none")
+        printable = "".join(char for char in text if char.isprintable())
+        return Search(neutralise(f"{self.examples[episode].question} {printable}"))
 
     @property
     def limits(self) -> Limits:
@@ -168,7 +168,7 @@ def make_ours(case: Case, temperature: float) -> Callable[[int], tuple[list[Tran
 
     class Scheduled(TranscriptEpisodes):
         def _read(self, now, turn: str) -> Action:
-            return case.schedule.read(now.number, now.turns, turn)
+            return case.read(now.number, now.turns, turn)
 
         def _limit(self, now) -> int:
             return int(case.schedule.lengths[now.number, now.turns])
@@ -205,7 +205,7 @@ def run_loop(case: Case, generate: Generate, questions: int, batch: int) -> Loop
                 loop.drawn += len(ids)
         turn += 1
         texts = case.tokenizer.decode([loop.turns[i][-1] for i in still])
-        actions = [case.schedule.read(i, turn, text) for i, text in zip(still, texts, strict=True)]
+        actions = [case.read(i, turn, text) for i, text in zip(still, texts, strict=True)]
         searches = [(i, a) for i, a in zip(still, actions, strict=True) if isinstance(a, Search)]
         still = [i for i, _ in searches]
         found = retrieve(case, [a.query for _, a in searches])
