@@ -10,10 +10,10 @@ what is drawn and what is found are appended as ids, and finished episodes leave
 `generate`, `tunix` google-tunix's vanilla sampler (left out with --peers hf, where it is not installed).
 
 Random weights end no turn: a schedule, drawn from the seed, says how many tokens each turn has and which turn is the
-last; all others are read as a search for the question and their text. A sampled stop token ends a turn, too. Each loop runs at the
-batch that is fastest for it, and its shapes are rounded up so that it compiles little; the first runs, which compile
-or warm up, are left out, and the fastest of the repeats counts. At temperature 0 all sides must draw the same: how
-many turns agree is printed. Nothing is asserted: the figures depend on the machine, which should be idle.
+last; all others are read as a search for the question and their text. A sampled stop token ends a turn, too. Each loop
+runs at the batch that is fastest for it; first runs, which compile or warm up, are left out, and the fastest of the
+repeats counts. At temperature 0 all sides must draw the same: how many turns agree is printed. Nothing is asserted:
+the figures depend on the machine. On a busy one, seconds of CPU say more than the clock does.
 """
 
 from __future__ import annotations
