@@ -120,11 +120,15 @@ class OpenEpisode:
         drawn = np.minimum(logprob, 0.0)  # rounding
         self.transcript = self.transcript.append(ids, Segment.MODEL, self.turns, drawn)
         self.draws, self.turns = self.draws + len(ids), self.turns + 1
-        protocol = self.rules.protocol
-        self._action = read_action(protocol, text, self.may_search and (not self.last or protocol.limit is not None))
+        self._action = self.read(text)
         wanted = isinstance(self._action, Search) and not (self.last or self._known(self._action))
         self._query = self._action.query if wanted else ""  # type: ignore[union-attr]
         return self._query
+
+    def read(self, text: str) -> Action:
+        """The action of the turn that has just ended."""
+        protocol = self.rules.protocol
+        return read_action(protocol, text, self.may_search and (not self.last or protocol.limit is not None))
 
     def _known(self, action: Search) -> bool:
         return self.rules.protocol.repeated is not None and action.query in self.asked

@@ -14,6 +14,7 @@ name alone, not on its slot, its neighbours or the number of devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Engine:
     slots: int = 32  # episodes at the same time
     patience: float = 0.1  # share of the slots that may wait for the others' turns to end
     piece: int = 32  # tokens decoded before their keys are put behind the slot's own
-    rows: int = 8  # slots of a block of prefill
+    rows: int = 1  # slots that are computed together in prefill and read together in decoding: 1 is best on CPU
     width: int = 64  # tokens of a block of prefill
 
     def __post_init__(self) -> None:
@@ -165,8 +166,7 @@ class TranscriptRollout:
         engine, limits = self._engine, self._limits
         slots = empty_slots(self._config, rows.shape[0], limits.total + max(engine.piece, engine.width))
         nobody = self._nobody(key, rows.shape[0])
-
-        zero = jnp.int32(0)
+        zero, together = jnp.int32(0), math.gcd(engine.rows, rows.shape[0])
 
         def enter(slots: Slots, turns: Turns, told: Sequence[Array]) -> tuple[Slots, Turns, Work]:
             """What the host says comes into the slots."""
@@ -190,7 +190,15 @@ class TranscriptRollout:
             step, slots, turns, work = carry
             was = turns.open
             slots, turns, more = sample_turns(
-                actor, self._config, self._sampling, self._table, slots, turns, self._most(turns), engine.piece
+                actor,
+                self._config,
+                self._sampling,
+                self._table,
+                slots,
+                turns,
+                self._most(turns),
+                engine.piece,
+                together,
             )
             stopped = was & ~turns.open
             acted, ids, mask = self._calls("act", step, rows, stopped, turns.tokens, turns.logprob, turns.count)

@@ -11,8 +11,8 @@ from flax import struct
 from jax import Array
 
 from jraggym.models.attention import soft_cap
-from jraggym.models.decoder import Decoder, DecoderConfig, decode_step, empty_cache, unembedding
-from jraggym.models.slots import Slots, as_prefix, by_length, merge
+from jraggym.models.decoder import Decoder, DecoderConfig, unembedding
+from jraggym.models.slots import Slots, empty_piece, merge, slots_step
 from jraggym.sampling import Sampling, draw
 from jraggym.text.stop_strings import StopTable
 
@@ -50,11 +50,13 @@ def sample_turns(
     turns: Turns,
     most: Array,
     piece: int,
+    rows: int,
 ) -> tuple[Slots, Turns, Work]:
     """Draws in all open turns, until at most `most` of them are still open.
 
     Text is decoded `piece` tokens at a time, whose keys lie side by side in a small cache of their own; then they go
-    behind each slot's own keys. A cache needs `piece` slots more than its longest text.
+    behind each slot's own keys, which are read `rows` slots at a time. A cache needs `piece` slots more than its
+    longest text.
     """
 
     def going(carry: tuple) -> Array:
@@ -62,12 +64,8 @@ def sample_turns(
 
     def go(carry: tuple) -> tuple:
         slots, turns, steps = carry
-        longest, size = jnp.max(jnp.where(turns.open, slots.length, 0)), slots.k.shape[3]
-
-        def decode(size: int) -> tuple:
-            return _piece(weights, config, sampling, table, slots, turns, most, piece, size)
-
-        turns_after, (k, v), last, taken = by_length(longest, size, decode)
+        drawn = _piece(weights, config, sampling, table, slots, turns, most, piece, rows)
+        turns_after, (k, v), last, taken = drawn
         return merge(slots, k, v, turns_after.count - turns.count, last), turns_after, steps + taken
 
     before = jnp.sum(turns.count)
@@ -84,11 +82,10 @@ def _piece(
     turns: Turns,
     most: Array,
     piece: int,
-    size: int,
+    rows: int,
 ) -> tuple[Turns, tuple[Array, Array], Array, Array]:
     """At most `piece` tokens: the turns, the keys and values [N, B, G, C, H], the next tokens, the steps taken."""
-    prefix, matrix = as_prefix(slots, size), unembedding(weights).astype(config.dtype)
-    rows = jnp.arange(slots.length.shape[0])
+    matrix, every = unembedding(weights).astype(config.dtype), jnp.arange(slots.length.shape[0])
 
     def going(carry: tuple) -> Array:
         step, turns, *_ = carry
@@ -96,8 +93,8 @@ def _piece(
 
     def go(carry: tuple) -> tuple:
         step, turns, token, cache = carry
-        hidden, cache = decode_step(weights, config, prefix, cache, step, token[:, None])
-        logits = soft_cap((hidden @ matrix).astype(jnp.float32), config.final_cap)
+        hidden, cache = slots_step(weights, config, slots, turns.open, cache, step, token, rows)
+        logits = soft_cap((hidden[:, None] @ matrix).astype(jnp.float32), config.final_cap)
         drawn = draw(logits, sampling, jax.vmap(jax.random.fold_in)(turns.key, turns.number))[:, 0]
         logits = logits[:, 0]
         logprob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -105,8 +102,8 @@ def _piece(
         count, state = turns.count + turns.open, table.step[turns.state, drawn].astype(jnp.int32)
         state = jnp.where(turns.open, state, turns.state)
         after = Turns(
-            turns.tokens.at[rows, place].set(drawn, mode="drop"),
-            turns.logprob.at[rows, place].set(logprob, mode="drop"),
+            turns.tokens.at[every, place].set(drawn, mode="drop"),
+            turns.logprob.at[every, place].set(logprob, mode="drop"),
             count,
             turns.limit,
             state,
@@ -116,6 +113,6 @@ def _piece(
         )
         return step + 1, after, jnp.where(turns.open, drawn, token), cache
 
-    cache = empty_cache(config, prefix, 1, piece)
+    cache = empty_piece(config, slots, piece)
     steps, turns, last, cache = jax.lax.while_loop(going, go, (jnp.int32(0), turns, slots.last, cache))
     return turns, cache, last, steps

@@ -62,15 +62,41 @@ def attend(q: Array, parts: list[Keys], scale: float, cap: float | None = None) 
     X may be a multiple of a set's Y: the B * K branches share the keys of B prompts. Splitting is exact: with
     scores [s1 | s2], softmax(s) V = (e^s1 V1 + e^s2 V2) / (sum e^s1 + sum e^s2).
     """
-    x, heads, t, h = q.shape
-    scores = [_scores(q * scale, part, cap) for part in parts]
+    return settled(weigh(q * scale, parts, cap))
+
+
+class Weighed(NamedTuple):
+    """Values that are weighed by exp(score - top) and not divided by the weights' sum yet: more can come to them."""
+
+    top: Array  # f32 [X, Q, T]  the highest score
+    total: Array  # f32 [X, Q, T]  of the weights
+    mixed: Array  # [X, Q, T, H]
+
+
+def weigh(q: Array, parts: list[Keys], cap: float | None = None) -> Weighed:
+    """What queries [X, Q, T, H], scaled already, read in several key sets."""
+    scores = [_scores(q, part, cap) for part in parts]
     top = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(s, axis=-1, initial=-1e30) for s in scores]), axis=0))
     total, mixed = jnp.zeros(()), jnp.zeros((), q.dtype)
     for score, part in zip(scores, parts, strict=True):
         weight = jnp.exp(score - top[..., None])
         total = total + jnp.sum(weight, axis=-1)
         mixed = mixed + _mix(weight.astype(part.v.dtype), part.v)
-    out = mixed / total[..., None].astype(mixed.dtype)
+    return Weighed(top, total, mixed)
+
+
+def joined(a: Weighed, b: Weighed) -> Weighed:
+    """What both have read."""
+    top = jnp.maximum(a.top, b.top)
+    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    mixed = a.mixed * of_a[..., None].astype(a.mixed.dtype) + b.mixed * of_b[..., None].astype(b.mixed.dtype)
+    return Weighed(top, a.total * of_a + b.total * of_b, mixed)
+
+
+def settled(found: Weighed) -> Array:
+    """The attention's result [X, T, Q * H]."""
+    x, heads, t, h = found.mixed.shape
+    out = found.mixed / found.total[..., None].astype(found.mixed.dtype)
     return out.swapaxes(1, 2).reshape(x, t, heads * h)
 
 
