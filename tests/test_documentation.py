@@ -43,6 +43,7 @@ def help_of():
         key = (file, *experiment)
         if key not in texts:
             monkeypatch.setattr(sys, "argv", [*key, "--help"])
+            monkeypatch.syspath_prepend(str((ROOT / file).parent))  # as python does
             with pytest.raises(SystemExit) as exit_:
                 runpy.run_path(str(ROOT / file), run_name="__main__")
             assert exit_.value.code == 0, f"{' '.join(key)} --help failed: {capsys.readouterr().err}"
