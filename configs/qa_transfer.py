@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jraggym.agent_episodes import AgentRules
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.recipes.qa import Qa
 
 EXPERIMENT = Qa(

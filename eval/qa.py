@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from configs import qa_transfer
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.chats.local import Local
 from jraggym.errors import exit_on_input_error
 from jraggym.recipes.qa import Qa, check, deciding, open_models, open_questions, open_retriever, run

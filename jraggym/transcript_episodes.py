@@ -1,78 +1,25 @@
-"""The host side of episodes that are one growing transcript: read a turn, retrieve, append ids, say what comes next.
+"""The host side of episodes in slots of a device: which one is where, and what the device is told of it.
 
-Ids are appended and never made from text again, so what a trainer reads is what the policy was fed. Each slot of the
-device has an episode; when it ends, the next waiting one moves in, and begins with a copy of the prompt's keys where
-another slot has the same prompt.
+Each slot has an episode (`jraggym.transcript_episode`); when it ends, the next waiting one moves in, and begins with a
+copy of the prompt's keys where another slot has the same prompt.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 
 from jraggym.episodes import Retriever, episode_names
-from jraggym.errors import InputError
 from jraggym.host_calls import Once, Rows
-from jraggym.protocols.protocol import Protocol, observation
-from jraggym.protocols.reading import final_answer, read_action
-from jraggym.retrieval.guard import guarded
+from jraggym.protocols.protocol import Protocol
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcripts import Transcript
-from jraggym.types import Action, Answer, Document, Example, Piece, Search, Segment
+from jraggym.transcript_episode import Digest, Limits, OpenEpisode, TranscriptEpisode, TranscriptRules, retrieve
+from jraggym.types import Example
 
 Next = tuple[np.ndarray, ...]
-Documents = tuple[Document, ...]
-Digest = Callable[[str, str, Documents], str]  # question, query, documents -> what the model is shown; no jax inside
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an episode may use, in tokens where nothing else is said; `timeout` of a retrieval is in seconds."""
-
-    turns: int = 5  # of the model, the last one without a search included
-    searches: int = 4
-    turn: int = 500  # that the model may write in a turn
-    observation: int = 500  # of what a search brings; the end of a longer one is cut
-    total: int = 4096  # of prompt and response
-    prompt: int = 1024
-    timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        numbers = (self.turns, self.turn, self.observation, self.total, self.prompt)
-        if min(numbers) < 1 or self.searches < 0 or self.prompt >= self.total:
-            raise InputError("limits must be positive, and prompt below total", got=self, remedy="Change them.")
-
-
-@dataclass(frozen=True)
-class TranscriptEpisode:
-    """A whole episode; `ended` says that the model ended it, not a budget."""
-
-    example_id: str
-    transcript: Transcript
-    pieces: tuple[Piece, ...]  # its text, the prompt left out
-    ended: bool
-    queries: tuple[str, ...] = ()
-    documents: tuple[Documents, ...] = ()  # of each query that was carried out
-    answer: str | None = None
-    error: str | None = None  # of the retriever
-    may_search: bool = True
-
-
-@dataclass
-class _Open:
-    """An episode that goes on."""
-
-    number: int
-    transcript: Transcript
-    draws: int = 0
-    turns: int = 0
-    last: bool = False  # its next turn is the last one
-    asked: list[str] = field(default_factory=list)
-    documents: list[Documents] = field(default_factory=list)
 
 
 class TranscriptEpisodes:
@@ -96,24 +43,19 @@ class TranscriptEpisodes:
         shards: int = 1,
         digest: Digest | None = None,
     ):
-        if longer := [e.id for e, p in zip(examples, prompts, strict=True) if len(p) > limits.prompt or len(p) < 1]:
-            remedy = f"Raise limits.prompt, now {limits.prompt}."
-            raise InputError(
-                "prompts do not fit their limit", got=f"{len(longer)}, such as {longer[:3]}", remedy=remedy
-            )
+        self._rules = TranscriptRules(protocol, tokenizer, frozenset(ends), limits, digest)
+        self._rules.check(examples, prompts)
         self.examples = tuple(examples)
         self.done: list[TranscriptEpisode | None] = [None] * len(examples)
         self._prompts, self._may_search = [tuple(p) for p in prompts], list(may_search)
-        self._protocol, self._tokenizer, self._ends = protocol, tokenizer, set(ends)
-        self._retriever, self._limits, self._digest = retriever, limits, digest
+        self._retriever = retriever
         self._names = [zlib.crc32(name.encode()) for name in episode_names(examples)]
         self._per_shard = slots // shards
         # Neighbours wait for the same shard: copies of a question can share its prompt's keys there.
         parts = np.array_split(np.arange(len(examples)), shards)
         self._waiting = [deque(int(i) for i in part) for part in parts]
-        self._slots: list[_Open | None] = [None] * slots
-        self._held: list[tuple[int, ...] | None] = [None] * slots  # the prompt whose keys a slot has
-        self._pending: dict[tuple[int, int], tuple[list[Action | None], list[str]]] = {}
+        self._slots: list[OpenEpisode | None] = [None] * slots
+        self._pending: dict[tuple[int, int], tuple[list[bool], list[str]]] = {}
         self._once = Once()
 
     @property
@@ -148,110 +90,28 @@ class TranscriptEpisodes:
         assert all(episode is not None for episode in self.done)
         return self.done  # type: ignore[return-value]
 
-    # --- reading
-
     def _act(self, step, rows, stopped, tokens, logprob, count) -> Next:
-        actions: list[Action | None] = [None] * len(rows)
         queries = [""] * len(rows)
         turns = [tokens[i, : count[i]].tolist() if stopped[i] else [] for i in range(len(rows))]
-        texts = self._tokenizer.decode([[t for t in turn if t not in self._ends] for turn in turns])
-        for i, row in enumerate(rows):
-            now = self._slots[row]
-            if now is None or not stopped[i]:
-                continue
-            drawn = np.minimum(logprob[i, : count[i]], 0.0)  # rounding
-            now.transcript = now.transcript.append(turns[i], Segment.MODEL, now.turns, drawn)
-            now.draws, now.turns = now.draws + int(count[i]), now.turns + 1
-            allowed = self._may_search[now.number] and (not now.last or self._protocol.limit is not None)
-            actions[i] = action = read_action(self._protocol, texts[i], allowed)
-            if isinstance(action, Search) and not (now.last or self._known(now, action)):
-                queries[i] = action.query
-        self._pending[int(step), int(rows[0])] = actions, queries
+        acted = [bool(stopped[i]) and self._slots[row] is not None for i, row in enumerate(rows)]
+        for i, (row, text) in enumerate(zip(rows, self._rules.texts(turns), strict=True)):
+            if acted[i]:
+                queries[i] = self._slots[row].act(turns[i], logprob[i, : count[i]], text)
+        self._pending[int(step), int(rows[0])] = acted, queries
         ids, mask = self._retriever.tokenize(queries)
         return np.asarray(rows, np.int32), ids, mask
 
-    def _known(self, now: _Open, action: Search) -> bool:
-        return self._protocol.repeated is not None and action.query in now.asked
-
     def _observe(self, step, rows, vectors) -> Next:
-        actions, queries = self._pending.pop((int(step), int(rows[0])))
-        found, error = self._retrieve(queries, vectors)
-        fed = [0 if self._slots[row] is None else len(self._slots[row].transcript.ids) for row in rows]
+        acted, queries = self._pending.pop((int(step), int(rows[0])))
+        found, error = retrieve(self._retriever, queries, vectors, self._rules.limits.timeout)
+        fed = [0 if self._slots[row] is None else len(self._slots[row].transcript) for row in rows]
         fresh = [False] * len(rows)
         for i, row in enumerate(rows):
-            now = self._slots[row]
-            if now is None or actions[i] is None:
-                continue
-            self._move(now, actions[i], found.get(i), error)
-            if self.done[now.number] is not None:
+            if acted[i] and (whole := self._slots[row].observe(found.get(i), error)) is not None:
+                self.done[self._slots[row].number] = whole
                 self._slots[row] = None
                 fresh[i] = self._enter(row)
-        changed = [f or action is not None for f, action in zip(fresh, actions, strict=True)]
-        return self._next(rows, fresh, changed, fed)
-
-    def _retrieve(self, queries: Sequence[str], vectors) -> tuple[dict[int, Documents], str | None]:
-        wanted = [i for i, query in enumerate(queries) if query]
-        if not wanted:
-            return {}, None
-        call = lambda: list(self._retriever.search([queries[i] for i in wanted], vectors[wanted]))  # noqa: E731
-        found, error = guarded(call, self._limits.timeout)
-        if error is None and len(found) != len(wanted):
-            error = f"the retriever gave {len(found)} results for {len(wanted)} queries"
-        return ({}, error) if error else ({i: tuple(hits) for i, hits in zip(wanted, found, strict=True)}, None)
-
-    # --- one episode
-
-    def _move(self, now: _Open, action: Action, documents: Documents | None, error: str | None) -> None:
-        """Appends what the action brings, or ends the episode."""
-        protocol, limits = self._protocol, self._limits
-        by_itself = int(now.transcript.ids[-1]) in self._ends
-        if isinstance(action, Answer) or by_itself:
-            return self._end(now, ended=by_itself or not protocol.needs_end)
-        if now.turns >= limits.turns or (isinstance(action, Search) and error is not None and documents is None):
-            return self._end(now, ended=False, error=error if now.turns < limits.turns else None)
-        if not isinstance(action, Search):
-            if protocol.invalid is None:
-                return self._end(now, ended=False)
-            self._append(now, protocol.invalid, Segment.INVALID)
-        else:
-            self._append(now, self._found(now, action, documents), Segment.OBSERVATION)
-        spent = now.turns == limits.turns - 1 or len(now.documents) >= limits.searches
-        if spent and not now.last:
-            now.last = True
-            self._append(now, protocol.forced, Segment.FORCED)
-        if len(now.transcript) >= limits.total:
-            return self._end(now, ended=False)
-        return None
-
-    def _found(self, now: _Open, action: Search, documents: Documents | None) -> str:
-        """What the model is shown of a search."""
-        protocol, example = self._protocol, self.examples[now.number]
-        if documents is None:
-            return observation(protocol, (), protocol.limit if now.last else protocol.repeated)
-        now.asked.append(action.query)
-        now.documents.append(documents)
-        digest = None if self._digest is None else self._digest(example.question, action.query, documents)
-        return observation(protocol, documents, digest)
-
-    def _append(self, now: _Open, text: str | None, segment: Segment) -> None:
-        if text:
-            ids = self._tokenizer.encode([text])[0][: self._limits.observation]
-            now.transcript = now.transcript.append(ids, segment, now.turns - 1)
-
-    def _end(self, now: _Open, ended: bool, error: str | None = None) -> None:
-        pieces = now.transcript.response.pieces(self._tokenizer.decode, self._ends)
-        own = [text for segment, text in pieces if segment == Segment.MODEL]
-        self.done[now.number] = TranscriptEpisode(
-            self.examples[now.number].id,
-            now.transcript,
-            pieces,
-            ended,
-            tuple(now.asked),
-            tuple(now.documents),
-            final_answer(self._protocol, own[-1]) if own else None,
-            error,
-            self._may_search[now.number],
-        )
+        return self._next(rows, fresh, acted, fed)
 
     def _enter(self, row: int) -> bool:
         """The next waiting episode moves into the slot, if there is one."""
@@ -259,15 +119,15 @@ class TranscriptEpisodes:
         if not waiting:
             return False
         number = waiting.popleft()
-        start = Transcript.start(self._prompts[number])
-        self._slots[row] = _Open(number, start, last=self._limits.turns == 1 or not self._limits.searches)
+        prompt, may_search = self._prompts[number], self._may_search[number]
+        self._slots[row] = OpenEpisode.start(self._rules, number, self.examples[number], prompt, may_search)
         return True
 
     # --- what the device is told
 
     def _next(self, rows: Rows, fresh: Sequence[bool], changed: Sequence[bool], fed: Sequence[int] = ()) -> Next:
         """`fed` are the lengths of the transcripts that the slots know, their last token included."""
-        b, limits = len(rows), self._limits
+        b, limits = len(rows), self._rules.limits
         tokens = np.zeros((b, max(limits.prompt, 2 * limits.observation + 1)), np.int32)
         count, start, last, limit, number = (np.zeros(b, np.int32) for _ in range(5))
         donor, name, opened = np.full(b, -1, np.int32), np.zeros(b, np.uint32), np.zeros(b, bool)
@@ -285,7 +145,7 @@ class TranscriptEpisodes:
                 donor[i], known = donors[i], len(ids) - 1
             news = ids[known:-1]
             tokens[i, : len(news)], count[i], start[i], last[i] = news, len(news), known, ids[-1]
-            limit[i] = min(limits.turn, limits.total - len(ids))
+            limit[i] = now.room
         return tokens, count, start, last, donor, np.array(changed), opened, limit, name, number
 
     def _donors(self, rows: Rows, fresh: Sequence[bool]) -> dict[int, int]:

@@ -23,7 +23,7 @@ from jraggym.text.chat import chat_ids
 from jraggym.text.grouping import group
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episodes import TranscriptEpisode
+from jraggym.transcript_episode import TranscriptEpisode
 from jraggym.transcript_rollout import TranscriptRollout
 from jraggym.types import Example, Segment
 

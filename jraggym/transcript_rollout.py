@@ -34,7 +34,8 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import place
 from jraggym.text.stop_strings import stop_table, token_texts
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episodes import Limits, TranscriptEpisode, TranscriptEpisodes
+from jraggym.transcript_episode import Limits, TranscriptEpisode
+from jraggym.transcript_episodes import TranscriptEpisodes
 from jraggym.turn_sampling import Turns, Work, sample_turns
 from jraggym.types import Example
 

@@ -100,10 +100,14 @@ def handler(server):
     return Handler
 
 
+class Http(ThreadingHTTPServer):
+    request_queue_size = 64  # many threads call at once, and a connection that finds no place is reset
+
+
 @contextmanager
 def serving():
     found = Misbehaving("")
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler(found))
+    http = Http(("127.0.0.1", 0), handler(found))
     found.url = f"http://127.0.0.1:{http.server_port}/v1"
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()

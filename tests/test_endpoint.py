@@ -18,7 +18,8 @@ from misbehaving_server import answer, choice, refusal, said, serving
 from jraggym.chat_model import Completion, Message, Reply, Request
 from jraggym.chats.answer_cache import AnswerCache
 from jraggym.chats.answers import Fault, read_answer, read_fault
-from jraggym.chats.endpoint import Endpoint, Server
+from jraggym.chats.connection import Server
+from jraggym.chats.endpoint import Endpoint
 from jraggym.chats.local import Local
 from jraggym.chats.opening import ChatSpec, open_chat
 from jraggym.chats.pace import Pace
@@ -177,7 +178,7 @@ def test_the_server_says_how_long_to_wait(server, monkeypatch):
     waits = []
     chat = endpoint(server, patience=50.0)
     monkeypatch.setattr("tenacity.sleep_using_event", lambda event: waits.append)
-    monkeypatch.setattr(chat._requests, "hold", waits.append)
+    monkeypatch.setattr(chat._connection._requests, "hold", waits.append)
     limited = ("json", 429, refusal("slow down"), [("Retry-After", "7")])
     server.plan["a"] = [limited, limited]
     assert chat([ask("a")])[0].error is None
@@ -332,7 +333,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from jraggym.chat_model import Message, Request
-from jraggym.chats.endpoint import Endpoint, Server
+from jraggym.chats.connection import Server
+from jraggym.chats.endpoint import Endpoint
 chat = Endpoint(Server("tiny", sys.argv[1], cache=Path(sys.argv[2]), concurrency=2))
 chat([Request((Message("user", str(i)),)) for i in range(9)])
 """
@@ -397,7 +399,7 @@ def test_requests_and_tokens_are_paced_and_settled_by_what_was_used(server, monk
     chat = endpoint(server, requests_per_minute=600, tokens_per_minute=1e6)
     seen = []
     for name in ("_requests", "_tokens"):
-        pace = getattr(chat, name)
+        pace = getattr(chat._connection, name)
         monkeypatch.setattr(pace, "take", lambda amount, name=name: seen.append((name, amount)) or 0.0)
         monkeypatch.setattr(pace, "give_back", lambda amount, name=name: seen.append((f"-{name}", amount)))
     server.plan["word" * 10] = [("json", 500, refusal("oops"))]

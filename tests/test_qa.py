@@ -17,7 +17,7 @@ from jraggym.agent_episodes import AgentRules
 from jraggym.agents.episode import Costs, Episode
 from jraggym.agents.output import ANSWER, QUERY, REASONING, format_output
 from jraggym.chat_model import Reply
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.chats.local import Local
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError

@@ -31,7 +31,7 @@ from jraggym.rollout import Policy
 from jraggym.sampling import Sampling
 from jraggym.steps import Network
 from jraggym.training import Optimization
-from jraggym.transcript_episodes import Limits, TranscriptEpisode
+from jraggym.transcript_episode import Limits, TranscriptEpisode
 from jraggym.transcript_gathering import TranscriptGatherer, as_finished
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Answer, Document, Example, Search, Segment, State, Turn

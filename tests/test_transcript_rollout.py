@@ -14,7 +14,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import make_mesh, place, shardings
 from jraggym.text.batching import collate
 from jraggym.text.grouping import group
-from jraggym.transcript_episodes import Limits
+from jraggym.transcript_episode import Limits
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Segment
 

@@ -1,6 +1,7 @@
 """The strict reading of what an OpenAI-compatible server answers: a completion, or a fault.
 
-The format is that of POST /chat/completions (platform.openai.com/docs/api-reference/chat).
+The format is that of POST /chat/completions (platform.openai.com/docs/api-reference/chat), and for token ids that of
+POST /completions with `return_token_ids`, in which vLLM (from 0.10.2 on) and SGLang give them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jraggym.chat_model import Completion
 
 PASSING = (408, 409, 425, 429)  # beside all of 500 and above
 LIMITED = 429
+_ROUNDING = 1e-4  # a log-softmax in float32 may end a little above 0
 _WORDS = 300  # characters of a server's own words that an error repeats
 
 
@@ -31,6 +33,14 @@ class Fault(Exception):
 
 class Hopeless(Fault):
     """A fault of all requests alike: a wrong key, an unknown model, an account without money."""
+
+    remedy = "Check base_url, model, and the key in the environment variable key_variable."
+
+
+class NoTokens(Hopeless):
+    """Answers of text alone."""
+
+    remedy = "Use an engine that takes return_token_ids and logprobs: vLLM from 0.10.2 on, or SGLang."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +66,7 @@ def read_answer(text: str) -> Answer:
         if not found:
             raise ValueError("no choice")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        detail = f"{type(error).__name__} {error}"
-        message = f"the answer cannot be read ({detail}): {plain(text) or 'it is empty'}"
-        raise Fault(message, passing=True) from error
+        raise _unreadable(text, error) from error
     shares = _shares(total, [len(completion.text) for completion in found])
     return Answer(
         tuple(
@@ -68,6 +76,55 @@ def read_answer(text: str) -> Answer:
         prompt,
         total,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """The one completion of an answer as the ids that were drawn, and the tokens that were paid for."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each id, in nats
+    text: str
+    cut: bool  # by the limit of tokens
+    prompt: tuple[int, ...] | None  # the ids that the engine has read, where it says so
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def read_token_answer(text: str) -> TokenAnswer:
+    """Reads the body of a good answer with token ids and log-probabilities.
+
+    Raises NoTokens where there are none of either, and Fault (passing) where the answer is damaged.
+    """
+    try:
+        values = json.loads(text)
+        usage, [choice] = values["usage"], values["choices"]
+        ids, logprobs, reason = choice.get("token_ids"), choice.get("logprobs"), choice["finish_reason"]
+        if ids is None or logprobs is None:
+            missing = "token ids (choices[].token_ids)" if ids is None else "log-probabilities (choices[].logprobs)"
+            raise NoTokens(f"the answers have no {missing}, and none are made from text", passing=False)
+        prompt = choice.get("prompt_token_ids")
+        found = TokenAnswer(
+            tuple(map(_count, ids)),
+            tuple(map(float, logprobs["token_logprobs"])),
+            choice["text"],
+            reason == "length",
+            None if prompt is None else tuple(map(_count, prompt)),
+            _count(usage["prompt_tokens"]),
+            _count(usage["completion_tokens"]),
+        )
+        if not isinstance(found.text, str) or reason not in ("stop", "length"):
+            raise ValueError(f"finish_reason {reason!r}")
+        if not ids or len(ids) != len(found.logprobs) or not all(-math.inf < x <= _ROUNDING for x in found.logprobs):
+            raise ValueError(f"{len(ids)} ids with log-probabilities {found.logprobs[:4]} ...")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(text, error) from error
+
+
+def _unreadable(text: str, error: Exception) -> Fault:
+    message = f"the answer cannot be read ({type(error).__name__} {error}): {plain(text) or 'it is empty'}"
+    return Fault(message, passing=True)
 
 
 def _completion(choice: Mapping[str, Any]) -> Completion:

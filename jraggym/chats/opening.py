@@ -11,8 +11,9 @@ That is the transfer experiment of RAG-Gym: a critic of a small model's candidat
 from __future__ import annotations
 
 from jraggym.chat_model import ChatModel
+from jraggym.chats.connection import Server
 from jraggym.chats.critic import CriticScorer
-from jraggym.chats.endpoint import Endpoint, Server
+from jraggym.chats.endpoint import Endpoint
 from jraggym.chats.local import Local, LocalChat
 from jraggym.porting.pretrained import open_model
 

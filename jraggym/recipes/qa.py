@@ -12,7 +12,7 @@ from jraggym.agent_episodes import AgentRules, Scorer, run_agent
 from jraggym.agents import AGENTS
 from jraggym.agents.digests import Summariser
 from jraggym.chat_model import ChatModel
-from jraggym.chats.endpoint import Server
+from jraggym.chats.connection import Server
 from jraggym.chats.local import Local
 from jraggym.chats.opening import ChatSpec, open_chat, open_scorer
 from jraggym.data.benchmarks import BENCHMARKS, load_benchmark

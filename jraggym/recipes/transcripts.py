@@ -43,7 +43,7 @@ from jraggym.scripted import run_script
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization, Run
-from jraggym.transcript_episodes import Limits
+from jraggym.transcript_episode import Limits
 from jraggym.transcript_gathering import TranscriptGatherer, as_finished, measures, prompt_ids
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 

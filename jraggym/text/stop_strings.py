@@ -52,6 +52,16 @@ def stop_table(tokens: Sequence[bytes], stops: Sequence[str], ends: Sequence[int
     return StopTable(step, done)
 
 
+def turn_end(table: StopTable, tokens: Sequence[int]) -> int | None:
+    """How many of the tokens a turn has, the one that ends it included; None where none does."""
+    state = 0
+    for count, token in enumerate(tokens, 1):
+        state = table.step[state, token]
+        if table.done[state]:
+            return count
+    return None
+
+
 def _automaton(stops: Sequence[bytes]) -> tuple[Array, Array]:
     """Moves int16 [E, 256] between the prefixes of the stops, and which are whole; one that is seen is never left."""
     prefixes = sorted({b""} | {stop[:n] for stop in stops for n in range(len(stop))}, key=lambda p: (len(p), p))
