@@ -38,6 +38,11 @@ class ProcessBatch:
         return self.loss_mask & self.action_mask & self.candidate_mask[:, :, None]
 
     @property
+    def response(self) -> Array:
+        """bool [B, K, A]: all real tokens behind the prompt, the inserted ones too."""
+        return self.action_mask & self.candidate_mask[:, :, None]
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, K, P, A)."""
         return (*self.action.shape[:2], self.prompt.shape[1], self.action.shape[2])

@@ -55,6 +55,7 @@ class PPO:
     reward_kl_weight: float = 0.01  # with `adaptive`: at the start
     adaptive: AdaptiveKL = field(default_factory=AdaptiveKL)
     value_clip: float = 0.2
+    leaky: bool = False  # whitening and the value's loss read what was inserted too, as in Search-R1's published code
     loss: PolicyLoss = field(default_factory=PolicyLoss)
 
     @property
@@ -92,7 +93,7 @@ def ppo_experience_maker(net: Network, how: PPO) -> Maker:
         reference = net.reference(frozen, batch) if how.needs_reference else None
         value = net.values(net.critic(value_weights, frozen), batch)
         reward = token_rewards(batch, logprob, reference, kl=how.reward_kl, weight=kl_weight)
-        made = ppo_experience(batch, reward, value, logprob, reference, how.gamma, how.lam)
+        made = ppo_experience(batch, reward, value, logprob, reference, how.gamma, how.lam, how.leaky)
         made = made.replace(reference_logprob=reference if how.loss.kl_weight else None)  # type: ignore[attr-defined]
         return made, _report(batch, logprob, reference)
 

@@ -32,6 +32,17 @@ class Gathered:
     metrics: dict[str, float]
 
 
+Gather = Callable[[Policy, int], Gathered]  # a pure function of (policy, iteration)
+
+
+def draw(examples: Sequence[Example], number: int, iteration: int, seed: int = 0) -> list[Example]:
+    """The `number` questions of an iteration: every question once before any comes again."""
+    count, places = len(examples), range(iteration * number, (iteration + 1) * number)
+    epochs = {place // count for place in places}
+    shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs}
+    return [examples[int(shuffled[place // count][place % count])] for place in places]
+
+
 @dataclass(frozen=True)
 class Gatherer:
     """Draws questions and runs the policy on them; a pure function of (weights, iteration).
@@ -60,7 +71,7 @@ class Gatherer:
 
     def __call__(self, policy: Policy, iteration: int, report: Callable[[int], None] | None = None) -> Gathered:
         """The groups of an iteration; `report` gets the number of finished episodes, from a callback."""
-        chosen = [self.examples[i] for i in self._draw(iteration)]
+        chosen = draw(self.examples, self.questions, iteration, self.seed)
         whole = self.groups == "episodes"
         episodes = [example for example in chosen for _ in range(self.copies if whole else 1)]
         found = self.rollout.run(policy, episodes, jax.random.fold_in(self.key, iteration), report=report)
@@ -74,13 +85,6 @@ class Gatherer:
             "groups": float(len(rows)),
         }
         return Gathered(rows, sum(len(c.tokens) for c in sampled), metrics)
-
-    def _draw(self, iteration: int) -> list[int]:
-        """Indexes of the iteration's questions: every question once before any comes again."""
-        count, places = len(self.examples), range(iteration * self.questions, (iteration + 1) * self.questions)
-        epochs = {place // count for place in places}
-        shuffled = {epoch: np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in epochs}
-        return [int(shuffled[p // count][p % count]) for p in places]
 
     def _candidates(self, found: Sequence[Trajectory], policy: Policy) -> list[Row]:
         """One row for each visited state that teaches something; a critic's scores are rewards where there is one.

@@ -26,7 +26,7 @@ from jraggym.batch import ProcessBatch
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO, grpo_experience, ppo_experience_maker
-from jraggym.gathering import Gathered, Gatherer
+from jraggym.gathering import Gather, Gathered
 from jraggym.models.critic import Critic
 from jraggym.models.lora import merge
 from jraggym.objectives.policy import Experience
@@ -62,7 +62,7 @@ class OnPolicy:
     net: Network
     algorithm: GRPO | PPO
     optimization: Optimization  # its steps are those of the schedule
-    gather: Gatherer
+    gather: Gather
     schedule: Schedule
     frozen: Any = None  # the reference, where the algorithm needs one; the base under LoRA
     value_optimization: Optimization | None = None  # PPO
@@ -175,7 +175,7 @@ def _epochs(
             number = (iteration * schedule.epochs + epoch) * schedule.updates + update
             policy, found = policy_step(policy, part, job.frozen, job.seed)
             if value is not None and isinstance(job.algorithm, PPO):
-                objective = steps.value(job.net, clip=job.algorithm.value_clip)
+                objective = steps.value(job.net, clip=job.algorithm.value_clip, leaky=job.algorithm.leaky)
                 value_step = shared_step(objective, _optimization(job, job.value_optimization))
                 value, fitted = value_step(value, part, job.frozen, job.seed)
                 found = found | {"value_loss": fitted["loss"], "explained": fitted["explained"]}

@@ -152,10 +152,10 @@ def policy(net: Network, how: PolicyLoss):
 
 
 @functools.cache
-def value(net: Network, *, clip: float = 0.2):
+def value(net: Network, *, clip: float = 0.2, leaky: bool = False):
     """PPO's value function on an `Experience`; see `value_loss`."""
 
     def objective(weights: Critic, batch: Experience, frozen: Any, key: Array):
-        return value_loss(net.values(net.critic(weights, frozen, key), batch.batch), batch, clip=clip)
+        return value_loss(net.values(net.critic(weights, frozen, key), batch.batch), batch, clip=clip, leaky=leaky)
 
     return objective

@@ -14,7 +14,7 @@ from jraggym.checkpoint import Checkpointer
 from jraggym.data.synthhop import make_world
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
-from jraggym.gathering import Gatherer
+from jraggym.gathering import Gatherer, draw
 from jraggym.labelling import support_judge
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
@@ -145,9 +145,8 @@ def test_samples_all_count_and_keep_their_tokens(world):
 # ---------------------------------------------------------------- gathering
 
 
-def test_every_question_comes_once_before_any_comes_again(world, config):
-    gather = gatherer(world, config)
-    drawn = [gather._draw(i) for i in range(4)]
+def test_every_question_comes_once_before_any_comes_again():
+    drawn = [draw(range(8), 4, i) for i in range(4)]
     assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2] + drawn[3]) == list(range(8))
     assert drawn[0] + drawn[1] != drawn[2] + drawn[3]
 

@@ -328,6 +328,29 @@ def test_ppo_experience_is_whitened_gae(batch, experience):
     np.testing.assert_allclose(made.value, value)
 
 
+def test_leaky_ppo_reads_inserted_tokens_and_the_policy_loss_does_not():
+    # own, inserted, own, padding; by hand with gamma = lambda = 1: an advantage is the reward to come minus the value
+    batch = small_batch([[1.0]], [[[True, False, True, False]]])
+    batch = batch.replace(action_mask=np.array([[[True, True, True, False]]]))
+    value = np.float32([[[0.25, 0.75, 0.5, 9.0]]])
+    reward = np.float32([[[0.0, 0.0, 1.0, 9.0]]])
+    zero = np.zeros((1, 1, 4), np.float32)
+    makes = [ppo_experience(batch, reward, value, zero, None, 1.0, 1.0, leaky) for leaky in (False, True)]
+    for made, places, advantages in zip(makes, ([0, 2], [0, 1, 2]), ([0.75, 0.5], [0.75, 0.25, 0.5]), strict=True):
+        by_hand = (np.array(advantages) - np.mean(advantages)) / np.std(advantages)
+        np.testing.assert_allclose(np.asarray(made.advantage)[0, 0, places], by_hand, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(made.returns)[0, 0, places], 1.0)
+        assert float(made.advantage[0, 0, 3]) == float(made.returns[0, 0, 3]) == 0.0
+    plain = float(value_loss(value, makes[1], clip=0.0)[0])
+    assert plain == pytest.approx(0.5 * (0.75**2 + 0.5**2) / 2)
+    assert float(value_loss(value, makes[1], clip=0.0, leaky=True)[0]) == pytest.approx(
+        0.5 * (0.75**2 + 0.25**2 + 0.5**2) / 3
+    )
+    logprob = np.float32([[[0.1, 5.0, -0.1, 5.0]]])
+    other = makes[1].replace(advantage=makes[1].advantage.at[0, 0, 1].set(np.nan))
+    assert float(policy_loss(logprob, makes[1], PolicyLoss())[0]) == float(policy_loss(logprob, other, PolicyLoss())[0])
+
+
 def test_golden_value_loss():
     batch = small_batch([[1.0]], [[[True, True, False]]])
     zero = np.zeros((1, 1, 3), np.float32)

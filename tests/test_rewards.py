@@ -75,6 +75,8 @@ def boxed(text):
 )
 def test_research_rl(turns, over, value):
     assert REWARDS["research_rl"](finished("research_rl", *turns, **over)) == pytest.approx(value, abs=1e-12)
+    paper = REWARDS["research_rl_paper"]  # who ended the episode does not matter
+    assert paper(finished("research_rl", *turns, **over)) == REWARDS["research_rl"](finished("research_rl", *turns))
 
 
 def test_a_search_without_a_result_is_bad_form():

@@ -73,8 +73,9 @@ def prepare(
     progress: Progress,
     tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer | None = None,
     development: bool = False,
+    make_tokenizer: Callable[[Task, Settings], SentencePieceTokenizer] = train_tokenizer,
 ) -> Workshop:
-    """The world, its indexes and the tokenizer (trained on the world's text when none is given).
+    """The world, its indexes and the tokenizer (made when none is given).
 
     The development split's index is made where it is asked for.
     """
@@ -94,7 +95,7 @@ def prepare(
     train, test = (_retriever(split, task, settings, progress, out) for split in (task.train, task.test))
     held = _retriever(task.development, task, settings, progress, out) if development else None
     if tokenizer is None:
-        tokenizer = train_tokenizer(task, settings)
+        tokenizer = make_tokenizer(task, settings)
         write(out / "tokenizer.model", tokenizer.model)
         model = dataclasses.replace(settings.model, vocab=tokenizer.vocab_size)
         settings = dataclasses.replace(settings, model=model)
@@ -188,13 +189,14 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
                 console.progress,
                 start.tokenizer if start else None,
                 development=experiment.evaluate == "development",
+                make_tokenizer=experiment.tokenizer,
             )
     with console.stage(kind.lower()):
         model, results = work(experiment, shop, start, log.write)
     log.close()
     if model is not None:
         save_model(out / "model", dataclasses.replace(model, about={**_provenance(experiment, start), **model.about}))
-    results = {"experiment": _shown(kind, experiment), "seed": experiment.seed, "stages": console.stages, **results}
+    results = {"experiment": experiment.title, "seed": experiment.seed, "stages": console.stages, **results}
     write(out / "results.json", json.dumps(results, indent=1))
     shown = {key: value for key, value in results.items() if key not in ("stages", "curve", "each")}
     print(json.dumps(shown, indent=1))
@@ -209,11 +211,6 @@ def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
         found["base"] = start.about.get("source", str(experiment.model))
         found |= {key: start.about[key] for key in ("config",) if key in start.about}
     return found
-
-
-def _shown(kind: str, experiment: Any) -> str:
-    rewards = getattr(experiment, "rewards", None)
-    return kind.upper() + (f", {rewards} rewards" if rewards else "")
 
 
 def plain(experiment: Any) -> dict[str, Any]:

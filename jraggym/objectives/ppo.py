@@ -37,27 +37,41 @@ def last_own(own: Array) -> Array:
 
 
 def ppo_experience(
-    batch: ProcessBatch, reward: Array, value: Array, logprob: Array, reference: Array | None, gamma: float, lam: float
+    batch: ProcessBatch,
+    reward: Array,
+    value: Array,
+    logprob: Array,
+    reference: Array | None,
+    gamma: float,
+    lam: float,
+    leaky: bool = False,
 ) -> Experience:
-    """Whitened GAE advantages and returns from token rewards and values [B, K, A] (arXiv 1707.06347)."""
-    own = batch.own
-    advantage, returns = gae(reward, value, own, gamma=gamma, lam=lam)
-    return Experience(batch, whiten(advantage, own), logprob, reference, value, returns)
+    """Whitened GAE advantages and returns from token rewards and values [B, K, A] (arXiv 1707.06347).
+
+    With `leaky`, inserted tokens are steps and are whitened too, as in Search-R1's published code; no policy loss
+    reads their advantages.
+    """
+    read = batch.response if leaky else batch.own
+    advantage, returns = gae(reward, value, read, gamma=gamma, lam=lam)
+    return Experience(batch, whiten(advantage, read), logprob, reference, value, returns)
 
 
-def value_loss(value: Array, experience: Experience, *, clip: float = 0.2) -> tuple[Array, dict[str, Array]]:
+def value_loss(
+    value: Array, experience: Experience, *, clip: float = 0.2, leaky: bool = False
+) -> tuple[Array, dict[str, Array]]:
     """1/2 max((V - R)^2, (clip(V, old - clip, old + clip) - R)^2), the mean over the policy's own tokens.
 
-    Args: value [B, K, A] of the present weights; clip: how far a value may move from the old one, 0 for no limit.
+    Args: value [B, K, A] of the present weights; clip: how far a value may move from the old one, 0 for no limit;
+      leaky: read inserted tokens too, as in Search-R1's published code.
     Returns: the loss and metrics; `explained` is 1 - Var(R - V) / Var(R).
     """
-    own = experience.batch.own
-    value, old, returns = (jnp.where(own, x, 0.0) for x in (value, experience.value, experience.returns))
+    read = experience.batch.response if leaky else experience.batch.own
+    value, old, returns = (jnp.where(read, x, 0.0) for x in (value, experience.value, experience.returns))
     losses = (value - returns) ** 2
     if clip:
         losses = jnp.maximum(losses, (jnp.clip(value, old - clip, old + clip) - returns) ** 2)
-    loss = 0.5 * masked_mean(losses, own)
-    error, mean = returns - value, masked_mean(returns, own)
-    spread = masked_mean((returns - mean) ** 2, own)
-    residual = masked_mean((error - masked_mean(error, own)) ** 2, own)
+    loss = 0.5 * masked_mean(losses, read)
+    error, mean = returns - value, masked_mean(returns, read)
+    spread = masked_mean((returns - mean) ** 2, read)
+    residual = masked_mean((error - masked_mean(error, read)) ** 2, read)
     return loss, {"loss": loss, "explained": 1 - residual / jnp.maximum(spread, 1e-8)}

@@ -17,11 +17,14 @@ from jraggym.models.decoder import Decoder, init, specs
 from jraggym.models.lora import Lora, lora_specs, merge
 from jraggym.porting.peft import PeftAdapters
 from jraggym.recipes.bench import Bench
-from jraggym.recipes.quickstart import Workshop
+from jraggym.recipes.quickstart import Workshop, train_tokenizer
 from jraggym.recipes.rows import Agent, Evaluator
 from jraggym.recipes.settings import Settings
+from jraggym.recipes.task import Split, Task
+from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.sharding import make_mesh, place, shardings
 from jraggym.steps import Network
+from jraggym.text.tokenizer import SentencePieceTokenizer
 
 Log = Callable[[str, int, Mapping[str, Any]], None]  # (group, step, metrics)
 SPLITS = ("development", "test")
@@ -73,6 +76,15 @@ class Experiment:
         if self.evaluate not in SPLITS:
             raise InputError("unknown split", got=self.evaluate, remedy=f"Use one of {', '.join(SPLITS)}.")
 
+    @property
+    def title(self) -> str:
+        """What results are listed under; runs of one title differ in their seed."""
+        return type(self).__name__.upper()
+
+    def tokenizer(self, task: Task, settings: Settings) -> SentencePieceTokenizer:
+        """The tokenizer of a run that has no starting model."""
+        return train_tokenizer(task, settings)
+
     def seeded(self) -> Settings:
         """The settings under this experiment's seed."""
         return dataclasses.replace(self.settings, seed=self.seed)
@@ -110,15 +122,19 @@ def placed_decoder(experiment: Experiment, shop: Bench, start: Decoder) -> Place
     return Placed(net, place(adapters, shardings(pairs, mesh)) if mesh else adapters, frozen, mesh)
 
 
+def exam_split(experiment: Experiment, shop: Workshop) -> tuple[Split, HybridRetriever]:
+    """The split that the experiment is evaluated on."""
+    if experiment.evaluate == "test":
+        return shop.task.test, shop.test_retriever
+    assert shop.development_retriever is not None
+    return shop.task.development, shop.development_retriever
+
+
 class Exam:
     """Greedy evaluation on the experiment's split."""
 
     def __init__(self, experiment: Experiment, shop: Workshop):
-        split, retriever = shop.task.test, shop.test_retriever
-        if experiment.evaluate == "development":
-            assert shop.development_retriever is not None
-            split, retriever = shop.task.development, shop.development_retriever
-        self._evaluator, self._seed = Evaluator(shop, split, retriever), experiment.seed
+        self._evaluator, self._seed = Evaluator(shop, *exam_split(experiment, shop)), experiment.seed
 
     def score(self, actor: Decoder) -> dict[str, Any]:
         """EM with a 95 % bootstrap interval, F1, searches, and `each`: a 0 or 1 for the EM of every question."""

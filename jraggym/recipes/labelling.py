@@ -68,6 +68,10 @@ class Label(Experiment):
     """support, llm, rollouts, outcome, random or human; see jraggym/sources."""
     how: How = field(default_factory=How)
 
+    @property
+    def title(self) -> str:
+        return f"{super().title}, {self.rewards} rewards"
+
 
 def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tuple[None, dict[str, Any]]:
     """Writes `out`/labels/REWARDS and returns what is in it."""

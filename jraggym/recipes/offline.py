@@ -119,13 +119,14 @@ def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[
 
 def _actor(experiment: Experiment, shop: Workshop, ready: Placed, run: Run, log: Log) -> tuple[Model, dict[str, Any]]:
     run = dataclasses.replace(run, frozen=ready.frozen, seed=experiment.seed, mesh=ready.mesh)
-    trained = _fit(experiment, shop, run, ready.weights, log)
+    trained = fit_logged(experiment, shop, run, ready.weights, log)
     weights = ready.whole(trained)
     result = Exam(experiment, shop).score(weights)
     return as_model(shop, "actor", weights, result, ready.adapters(trained)), result
 
 
-def _fit(experiment: Experiment, shop: Bench, run: Run, weights: Any, log: Log) -> Any:
+def fit_logged(experiment: Experiment, shop: Bench, run: Run, weights: Any, log: Log) -> Any:
+    """Trains one model in the job's folder, resumably, and logs every step."""
     name, total = type(experiment).__name__.lower(), run.optimization.steps
 
     def report(step: int, metrics: dict) -> None:
@@ -166,7 +167,7 @@ def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, lo
     rows_of = judged if experiment.any_label else preferences
     batches = shuffled(shop, rows_of(shop, learn))
     run = Run(objective, experiment.optimization, batches, ready.frozen, experiment.seed, ready.mesh)
-    critic = _fit(experiment, shop, run, critic, log)
+    critic = fit_logged(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
     result = judge_agreement(shop, ready, whole, rows_of(shop, held))
     return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jraggym.gathering import Gatherer
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
-from jraggym.models.decoder import init
+from jraggym.models.decoder import Decoder, init
 from jraggym.models.lora import lora_specs
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
@@ -34,10 +35,12 @@ from jraggym.sharding import place, shardings
 from jraggym.text.chat import INSTRUCTION
 from jraggym.training import Optimization
 
+Score = Callable[[Decoder], dict[str, Any]]  # em, f1, each and more of an actor
 REWARDS = ("process", "critic", "outcome", "steps")
 
 
-def _adamw(rate: float) -> Optimization:
+def adamw(rate: float) -> Optimization:
+    """AdamW at a rate that falls to 0 after three steps of warm-up."""
     # The experiment's schedule sets its steps. At a constant rate, agents that had learned fell back.
     return Optimization(1, matrix_rate=0.0, rate=rate, warmup=3, schedule="linear")
 
@@ -61,8 +64,12 @@ class Sampled(Experiment):
     slots: int = 20
     """Episodes that run at the same time."""
     schedule: Schedule = field(default_factory=Schedule)
-    optimization: Optimization = field(default_factory=lambda: _adamw(3e-4))
+    optimization: Optimization = field(default_factory=lambda: adamw(3e-4))
     every: int = 5
+
+    @property
+    def title(self) -> str:
+        return f"{super().title}, {self.rewards} rewards"
 
     @property
     def whole(self) -> bool:
@@ -82,15 +89,13 @@ class Ppo(Sampled):
     """Proximal policy optimisation with a value function that starts from the actor's trunk."""
 
     algorithm: PPO = field(default_factory=PPO)
-    value_optimization: Optimization = field(default_factory=lambda: _adamw(1e-3))
+    value_optimization: Optimization = field(default_factory=lambda: adamw(1e-3))
 
 
 def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint."""
     _check(experiment)
     ready = placed_decoder(experiment, shop, start.weights)
-    value = _value(shop, ready) if isinstance(experiment, Ppo) else None
-    critic = _reward_critic(experiment.critic, shop, ready)
     job = OnPolicy(
         ready.net,
         experiment.algorithm,
@@ -99,20 +104,28 @@ def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log
         experiment.schedule,
         ready.frozen,
         experiment.value_optimization if isinstance(experiment, Ppo) else None,
-        critic,
+        _reward_critic(experiment.critic, shop, ready),
         experiment.seed,
         ready.mesh,
     )
+    return learn(experiment, job, shop, ready, Exam(experiment, shop).score, log)
+
+
+def learn(
+    experiment: Experiment, job: OnPolicy, shop: Workshop, ready: Placed, score: Score, log: Log
+) -> tuple[Model, dict[str, Any]]:
+    """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
+    value = _value(shop, ready) if isinstance(job.algorithm, PPO) else None
     name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
-    exam, spent = Exam(experiment, shop), curve.tokens_by_iteration()
+    spent = curve.tokens_by_iteration()
 
     def report(iteration: int, metrics: dict[str, float]) -> None:
         spent[iteration] = spent.get(iteration - 1, 0.0) + metrics["sampled_tokens"]
-        shop.progress(name, iteration, experiment.schedule.iterations, metrics)
+        shop.progress(name, iteration, job.schedule.iterations, metrics)
         log(name, iteration, metrics)
 
     def evaluate(iteration: int, policy: Policy) -> None:
-        point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **exam.score(policy.actor)}
+        point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **score(policy.actor)}
         curve.put(point)
         log("evaluation", iteration, {"em": point["em"], "f1": point["f1"], "tokens": point["sampled_tokens"]})
 

@@ -39,7 +39,7 @@ from jraggym.text.batching import EMPTY_ROW, Batches, Row, buckets, collate
 from jraggym.text.rendering import render_document
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import BatchSource, Run
-from jraggym.types import Answer, Search
+from jraggym.types import Answer, Search, Trajectory
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,14 @@ def optimise_preferences(shop: Workshop, name: str, warm: Decoder, data: BatchSo
 
 
 def demonstrations(shop: Workshop) -> list[Row]:
-    """Scripted, imperfect episodes over the training world: a row for each, in a chat one for each of its actions."""
+    """Rows of the scripted episodes: one for each, in a chat one for each of its actions."""
+    pairs = scripted(shop)
+    codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget, _ in pairs}
+    return fitting(shop, [row for budget, episode in pairs for row in codecs[budget].imitations(episode.final)])
+
+
+def scripted(shop: Workshop) -> list[tuple[int, Trajectory]]:
+    """Imperfect episodes over the training world, each with its budget of turns."""
     settings, split = shop.settings, shop.task.train
     examples = split.examples[: settings.demonstrations]
     rngs = [random.Random(f"{settings.seed}/{example.id}") for example in examples]
@@ -107,11 +114,7 @@ def demonstrations(shop: Workshop) -> list[Row]:
         last = len(state.turns) + 1 >= budgets[i]
         return demonstrate(split.plans[examples[i].id], state, settings.faults, rngs[i], last_turn=last)
 
-    episodes = run_script(examples, script, shop.train_retriever, budgets)
-    codecs = {budget: dataclasses.replace(shop.codec, max_turns=budget) for budget in set(budgets)}
-    pairs = zip(budgets, episodes, strict=True)
-    rows = [row for budget, episode in pairs for row in codecs[budget].imitations(episode.final)]
-    return _fitting(rows, settings.edges[-1])
+    return list(zip(budgets, run_script(examples, script, shop.train_retriever, budgets), strict=True))
 
 
 def _whole_episodes(shop: Workshop, rows: Sequence[Row], short_first: int) -> Batches:
@@ -120,8 +123,9 @@ def _whole_episodes(shop: Workshop, rows: Sequence[Row], short_first: int) -> Ba
     return Batches(rows, shapes, candidates=1, seed=settings.seed, short_first=short_first)
 
 
-def _fitting(rows: Sequence[Row], edge: tuple[int, int]) -> list[Row]:
+def fitting(shop: Workshop, rows: Sequence[Row]) -> list[Row]:
     """The rows that the largest bucket holds; InputError when that loses more than a tenth of them."""
+    edge = shop.settings.edges[-1]
     kept = [row for row in rows if row.sizes[0] <= edge[0] and row.sizes[1] <= edge[1]]
     if len(kept) < 0.9 * len(rows):
         raise InputError(

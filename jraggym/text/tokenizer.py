@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model in which every marker of the prompt format is one token."""
+    """A SentencePiece model in which every marker of the prompt format, or what else was asked for, is one token."""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -39,8 +39,8 @@ class SentencePieceTokenizer:
         self._kept: dict[str, list[int]] = {}  # the same documents and questions come again and again
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        """Fits byte-pair encoding (with byte fallback) on `texts`; at most `vocab_size` pieces."""
+    def train(cls, texts: Iterable[str], vocab_size: int, symbols: Sequence[str] = MARKERS) -> SentencePieceTokenizer:
+        """Fits byte-pair encoding (with byte fallback) on `texts`, `symbols` among at most `vocab_size` pieces."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
@@ -49,7 +49,7 @@ class SentencePieceTokenizer:
             model_type="bpe",
             hard_vocab_limit=False,
             byte_fallback=True,
-            user_defined_symbols=list(MARKERS),
+            user_defined_symbols=list(symbols),
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
