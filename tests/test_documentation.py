@@ -77,6 +77,7 @@ def flags(text):
 SHOWN = [  # the entries whose flags the text names
     (("train/quickstart.py",), ()),
     (("train/export.py",), ()),
+    (("train/transcripts.py",), ("search-r1-ppo",)),
     *(((f"train/{name}.py",), ("synthhop",)) for name in ("sft", "critic", "grpo")),
 ]
 
