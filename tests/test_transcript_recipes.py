@@ -11,6 +11,7 @@ from array_samples import worst_difference
 from small_jobs import FEW, one_world, small  # noqa: F401 - a fixture
 from toy_world import ToyTokenizer, toy_examples, toy_retriever
 
+import eval.learning
 import train.transcripts
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
@@ -80,7 +81,7 @@ def test_a_scripted_transcript_is_in_good_form_whatever_tokens_its_tags_are(name
     turns = (Turn(Search("Bexlis mayor"), (page,)), Turn(Search("Torvan spouse", "mayor Torvan"), ()))
     made = scripted_transcript(protocol, tokenizer, State("Who?", turns, "Ada Lind", "spouse Ada"))
     pieces = made.pieces(tokenizer.decode)
-    assert letters(protocol, pieces) == ("TSOTSOTA")
+    assert letters(protocol, pieces) == "TSOTSOTA"
     example = Example("e", "Who?", ("Ada Lind",))
     episode = as_finished(protocol, example, TranscriptEpisode("e", made, pieces, True))
     assert valid_sequence(episode) == 1.0
@@ -202,6 +203,7 @@ def test_from_the_warm_start_to_ppo(tmp_path):
     assert [len(point["each"]) for point in found["curve"]] == [6, 6]
     assert found["curve"][1]["sampled_tokens"] > 0
     assert {"em", "searches"} <= set(found["broken_retriever"])
+    assert eval.learning.read(tmp_path / "ppo").em.shape == (2, 6), "curves can be laid together"
     assert load_model(tmp_path / "ppo" / "model", "actor").about["iteration"] == 2
 
 

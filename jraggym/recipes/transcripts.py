@@ -74,7 +74,10 @@ class Tagged(Experiment):
 
 @dataclass(frozen=True)
 class Imitation(Tagged):
-    """The warm start in a recipe's tags: SFT from scratch on deliberately poor scripted transcripts."""
+    """The warm start in a recipe's tags: SFT from scratch on deliberately poor scripted transcripts.
+
+    `settings.faults` and `settings.closed_book` say how poor: answers after one hop, wrong relations, no search at all.
+    """
 
     model: None = None
     tags: str = "single"
