@@ -24,7 +24,7 @@ from jraggym.protocols import PROTOCOLS, read_action
 from jraggym.protocols.validity import letters
 from jraggym.recipes.tags import embedded, scripted_transcript, tag_tokenizer, write_action
 from jraggym.recipes.task import synthhop_task
-from jraggym.recipes.transcripts import train_transcripts
+from jraggym.recipes.transcripts import algorithm_of, reward_of, train_transcripts
 from jraggym.retrieval.hybrid import BrokenRetriever
 from jraggym.rewards import REWARDS
 from jraggym.rewards.form import valid_sequence
@@ -227,6 +227,17 @@ def test_research_and_search_r1_have_their_published_numbers():
         assert (recipe.algorithm.loss.kl, recipe.algorithm.loss.kl_weight) == ("k3", 1e-3)
     assert (ppo.algorithm.gamma, ppo.algorithm.lam) == (1.0, 1.0)
     assert (ppo.algorithm.reward_kl, ppo.algorithm.reward_kl_weight, ppo.algorithm.loss.kl_weight) == ("k1", 1e-3, 0.0)
+
+
+def test_variants_differ_where_paper_and_code_do():
+    for variant, leaky, reward in (("paper", False, "research_rl_paper"), ("code", True, "research_rl")):
+        research, grpo, ppo = (
+            replace(EXPERIMENTS[name], variant=variant) for name in ("research-rl", "search-r1", "search-r1-ppo")
+        )
+        assert reward_of(research) is REWARDS[reward]
+        assert reward_of(ppo) is REWARDS["search_r1_em"]
+        assert algorithm_of(ppo) == replace(ppo.algorithm, leaky=leaky)
+        assert algorithm_of(grpo) == grpo.algorithm
 
 
 @pytest.mark.parametrize(
