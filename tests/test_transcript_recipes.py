@@ -11,6 +11,7 @@ from array_samples import worst_difference
 from small_jobs import FEW, one_world, small  # noqa: F401 - a fixture
 from toy_world import ToyTokenizer, toy_examples, toy_retriever
 
+import eval.learning
 import train.transcripts
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
@@ -23,7 +24,7 @@ from jraggym.protocols import PROTOCOLS, read_action
 from jraggym.protocols.validity import letters
 from jraggym.recipes.tags import embedded, scripted_transcript, tag_tokenizer, write_action
 from jraggym.recipes.task import synthhop_task
-from jraggym.recipes.transcripts import train_transcripts
+from jraggym.recipes.transcripts import algorithm_of, reward_of, train_transcripts
 from jraggym.retrieval.hybrid import BrokenRetriever
 from jraggym.rewards import REWARDS
 from jraggym.rewards.form import valid_sequence
@@ -80,7 +81,7 @@ def test_a_scripted_transcript_is_in_good_form_whatever_tokens_its_tags_are(name
     turns = (Turn(Search("Bexlis mayor"), (page,)), Turn(Search("Torvan spouse", "mayor Torvan"), ()))
     made = scripted_transcript(protocol, tokenizer, State("Who?", turns, "Ada Lind", "spouse Ada"))
     pieces = made.pieces(tokenizer.decode)
-    assert letters(protocol, pieces) == ("TSOTSOTA")
+    assert letters(protocol, pieces) == "TSOTSOTA"
     example = Example("e", "Who?", ("Ada Lind",))
     episode = as_finished(protocol, example, TranscriptEpisode("e", made, pieces, True))
     assert valid_sequence(episode) == 1.0
@@ -202,6 +203,7 @@ def test_from_the_warm_start_to_ppo(tmp_path):
     assert [len(point["each"]) for point in found["curve"]] == [6, 6]
     assert found["curve"][1]["sampled_tokens"] > 0
     assert {"em", "searches"} <= set(found["broken_retriever"])
+    assert eval.learning.read(tmp_path / "ppo").em.shape == (2, 6), "curves can be laid together"
     assert load_model(tmp_path / "ppo" / "model", "actor").about["iteration"] == 2
 
 
@@ -225,6 +227,17 @@ def test_research_and_search_r1_have_their_published_numbers():
         assert (recipe.algorithm.loss.kl, recipe.algorithm.loss.kl_weight) == ("k3", 1e-3)
     assert (ppo.algorithm.gamma, ppo.algorithm.lam) == (1.0, 1.0)
     assert (ppo.algorithm.reward_kl, ppo.algorithm.reward_kl_weight, ppo.algorithm.loss.kl_weight) == ("k1", 1e-3, 0.0)
+
+
+def test_variants_differ_where_paper_and_code_do():
+    for variant, leaky, reward in (("paper", False, "research_rl_paper"), ("code", True, "research_rl")):
+        research, grpo, ppo = (
+            replace(EXPERIMENTS[name], variant=variant) for name in ("research-rl", "search-r1", "search-r1-ppo")
+        )
+        assert reward_of(research) is REWARDS[reward]
+        assert reward_of(ppo) is REWARDS["search_r1_em"]
+        assert algorithm_of(ppo) == replace(ppo.algorithm, leaky=leaky)
+        assert algorithm_of(grpo) == grpo.algorithm
 
 
 @pytest.mark.parametrize(

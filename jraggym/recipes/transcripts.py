@@ -36,7 +36,7 @@ from jraggym.recipes.settings import Settings
 from jraggym.recipes.tags import NAMES, embedded, protocol_for, scripted_rows, tag_tokenizer
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import BrokenRetriever, HybridRetriever
-from jraggym.rewards import REWARDS
+from jraggym.rewards import REWARDS, Reward
 from jraggym.rewards.answer import em, hotpot_f1
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
@@ -74,7 +74,10 @@ class Tagged(Experiment):
 
 @dataclass(frozen=True)
 class Imitation(Tagged):
-    """The warm start in a recipe's tags: SFT from scratch on deliberately poor scripted transcripts."""
+    """The warm start in a recipe's tags: SFT from scratch on deliberately poor scripted transcripts.
+
+    `settings.faults` and `settings.closed_book` say how poor: answers after one hop, wrong relations, no search at all.
+    """
 
     model: None = None
     tags: str = "single"
@@ -149,6 +152,19 @@ class RecipePpo(Recipe):
     value_optimization: Optimization = field(default_factory=lambda: adamw(1e-3))
 
 
+def algorithm_of(experiment: RecipeGrpo | RecipePpo) -> GRPO | PPO:
+    """The algorithm in the experiment's variant."""
+    if isinstance(experiment, RecipeGrpo):
+        return experiment.algorithm
+    return replace(experiment.algorithm, leaky=experiment.variant == "code")
+
+
+def reward_of(experiment: Recipe) -> Reward:
+    """The reward in the experiment's variant."""
+    name = experiment.reward
+    return REWARDS[PAPER.get(name, name) if experiment.variant == "paper" else name]
+
+
 def train_transcripts(
     experiment: Imitation | RecipeGrpo | RecipePpo, shop: Workshop, start: Model | None, log: Log
 ) -> tuple[Model, dict[str, Any]]:
@@ -158,12 +174,9 @@ def train_transcripts(
         return _imitate(experiment, shop, exam, log)
     assert start is not None
     ready = placed_decoder(experiment, shop, start.weights)
-    algorithm = experiment.algorithm
-    if isinstance(algorithm, PPO):
-        algorithm = replace(algorithm, leaky=experiment.variant == "code")
     job = OnPolicy(
         ready.net,
-        algorithm,
+        algorithm_of(experiment),
         experiment.optimization,
         _gatherer(experiment, shop),
         experiment.schedule,
@@ -207,13 +220,13 @@ def _rollout(experiment: Tagged, shop: Workshop, retriever: HybridRetriever, tem
 
 
 def _gatherer(experiment: Recipe, shop: Workshop) -> TranscriptGatherer:
-    settings, retriever, name = shop.settings, shop.train_retriever, experiment.reward
+    settings, retriever = shop.settings, shop.train_retriever
     examples = shop.task.train.examples
     return TranscriptGatherer(
         _rollout(experiment, shop, retriever, settings.temperature),
         shop.tokenizer,
         protocol_for(experiment.protocol, shop.tokenizer),
-        REWARDS[PAPER.get(name, name) if experiment.variant == "paper" else name],
+        reward_of(experiment),
         examples[settings.demonstrations :] or examples,
         experiment.questions,
         shop.key("on-policy"),
