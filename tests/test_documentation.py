@@ -78,6 +78,7 @@ SHOWN = [  # the entries whose flags the text names
     (("train/quickstart.py",), ()),
     (("train/export.py",), ()),
     (("train/transcripts.py",), ("search-r1-ppo",)),
+    (("train/evidence.py",), ()),
     *(((f"train/{name}.py",), ("synthhop",)) for name in ("sft", "critic", "grpo")),
 ]
 
