@@ -5,7 +5,7 @@ episode: the tokenizer has no end token, which the published protocol waits for.
 
 command   python -m train.transcripts research-rl-start --out runs/research-rl-start
 hardware  two CPU cores, about three minutes
-expected  EM of about .25 to .50 on development questions
+expected  EM of .25 to .50 on development questions; one seed gave .39, with 1.6 searches
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ reward; with --reward search_r1_format the later version, which rewards form and
 those of a tiny actor.
 
 command   python -m train.transcripts search-r1 --model runs/search-r1-start/model --out runs/search-r1
-hardware  two CPU cores
-expected  EM rises over the warm start
+hardware  two CPU cores, about eight minutes
+expected  EM rises over the warm start; not measured yet
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class TranscriptGatherer:
     """Draws questions and runs the policy on `copies` episodes of each; a pure function of (policy, iteration).
 
     With `masked=False` the rows hold what searches brought as if the policy had written it: the ablation of the mask.
+    The reported gap between sampler and trainer then means nothing, since nobody drew those tokens.
     A `retriever` with the same encoder replaces the rollout's own.
     """
 

@@ -113,9 +113,9 @@ class Recipe(Tagged):
     questions: int = 24
     """Questions of an iteration, each asked `schedule.candidates` times."""
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(iterations=40, updates=2, rows=12, prompt=40, action=224, candidates=5)
+        default_factory=lambda: Schedule(iterations=130, updates=2, rows=12, prompt=40, action=224, candidates=5)
     )
-    optimization: Optimization = field(default_factory=lambda: adamw(3e-4))
+    optimization: Optimization = field(default_factory=lambda: adamw(4e-4))
     every: int = 10
 
     def __post_init__(self) -> None:
