@@ -35,7 +35,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import place
 from jraggym.text.stop_strings import stop_table, token_texts
 from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episode import Limits, TranscriptEpisode
+from jraggym.transcript_episode import Digest, Limits, TranscriptEpisode
 from jraggym.transcript_episodes import TranscriptEpisodes
 from jraggym.turn_sampling import Turns, Work, sample_turns
 from jraggym.types import Example
@@ -87,8 +87,10 @@ class TranscriptRollout:
         *,
         ends: Sequence[int] = (),
         mesh: Mesh | None = None,
+        digest: Digest | None = None,
     ):
         """`ends` are the ids that end a turn by themselves; `sampling.candidates` and `max_tokens` are not used.
+        `digest` writes what a protocol that shows digests shows of a search; it must not call jax.
 
         On a `mesh` the slots are split over all its devices. Each of them runs a loop of its own, holds the weights
         whole and waits for no other; one that cannot hold them needs a serving engine instead.
@@ -99,7 +101,7 @@ class TranscriptRollout:
         self._config, self._tokenizer, self._protocol, self._retriever = config, tokenizer, protocol, retriever
         self._sampling, self._limits, self._engine, self._ends = sampling, limits, engine, tuple(ends)
         self._table = jax.tree.map(jnp.asarray, stop_table(token_texts(tokenizer), protocol.stops, ends))
-        self._calls, self._mesh = HostCalls(self._shapes), mesh
+        self._calls, self._mesh, self._digest = HostCalls(self._shapes), mesh, digest
         self._run = jax.jit(self._program if mesh is None else self._on_shards(mesh))
 
     @property
@@ -137,6 +139,7 @@ class TranscriptRollout:
             self._limits,
             slots=slots,
             shards=1 if self._mesh is None else self._mesh.size,
+            digest=self._digest,
         )
         rows = np.arange(slots, dtype=np.int32)
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from toy_world import ToyTokenizer, toy_examples, toy_retriever
 
+from jraggym.models import slots
 from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.objectives.forward import token_logprobs
+from jraggym.protocols.protocol import observation
 from jraggym.protocols.search_r1 import SEARCH_R1
 from jraggym.sampling import Sampling
 from jraggym.sharding import make_mesh, place, shardings
@@ -34,9 +36,9 @@ def actor():
     return init(specs(CONFIG), jax.random.key(0))
 
 
-def make(engine=ENGINE, limits=LIMITS, protocol=SEARCH_R1, **more):
+def make(engine=ENGINE, limits=LIMITS, protocol=SEARCH_R1, config=CONFIG, **more):
     return TranscriptRollout(
-        CONFIG, ToyTokenizer(), protocol, toy_retriever(), Sampling(), limits, engine, ends=ENDS, **more
+        config, ToyTokenizer(), protocol, toy_retriever(), Sampling(), limits, engine, ends=ENDS, **more
     )
 
 
@@ -61,12 +63,44 @@ def test_what_the_trainer_computes_is_what_the_sampler_drew_across_turns_and_obs
     kinds = {int(s) for e in episodes for s in e.transcript.segment}
     assert kinds >= {Segment.PROMPT, Segment.MODEL, Segment.OBSERVATION, Segment.INVALID}
     assert max(int(e.transcript.turn.max()) for e in episodes) >= 3
-    compute = jax.jit(lambda batch: token_logprobs(actor, CONFIG, batch))
-    for episode in episodes:
-        transcript = episode.transcript
+    assert gap(actor, CONFIG, episodes) < 1e-5
+
+
+def gap(actor, config, episodes):
+    """How far the trainer's log-probabilities are from the sampler's."""
+    compute = jax.jit(lambda batch: token_logprobs(actor, config, batch))
+    gaps = []
+    for transcript in (episode.transcript for episode in episodes):
         batch = collate([group([transcript], [0.0])], prompt=12, action=64, candidates=1)
         computed = np.asarray(compute(batch))[0, 0, : len(transcript.response)]
-        np.testing.assert_allclose(computed, transcript.response.logprob, atol=1e-5)
+        gaps.append(np.abs(computed - transcript.response.logprob).max())
+    return max(gaps)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_texts_of_many_chunks_under_local_attention(monkeypatch, rows):
+    monkeypatch.setattr(slots, "CHUNK", 8)
+    config = replace(CONFIG, layers=3, local=(True, False, True), window=11)
+    actor = init(specs(config), jax.random.key(2))
+    rollout = make(replace(ENGINE, rows=rows), config=config)
+    episodes, _ = rollout.run(actor, EXAMPLES, PROMPTS, KEY)
+    assert max(len(e.transcript) for e in episodes) > 40
+    assert gap(actor, config, episodes) < 1e-5
+
+
+def test_a_digest_stands_where_documents_would(actor):
+    protocol = replace(SEARCH_R1, digests=True)
+    rollout = make(protocol=protocol, digest=lambda question, query, documents: f"{query}: {len(documents)}")
+    episodes, _ = rollout.run(actor, EXAMPLES, PROMPTS, KEY)
+    shown = [
+        (e.transcript.ids[e.transcript.segment == Segment.OBSERVATION].tolist(), e.queries)
+        for e in episodes
+        if e.queries
+    ]
+    assert shown
+    for ids, queries in shown:
+        expected = [observation(protocol, (), f"{query}: 2") for query in queries]
+        assert ids == [i for text in ToyTokenizer().encode(expected) for i in text[: LIMITS.observation]]
 
 
 def test_an_episode_in_a_batch_equals_the_same_one_alone(rollout, actor, found):
