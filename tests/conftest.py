@@ -10,6 +10,14 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Files that take minutes, the longest first: begun last, one of them would keep a worker while the others idle.
+LONG = ("test_quickstart.py", "test_serving.py", "test_entries.py", "test_steps.py", "test_onpolicy.py", "test_packed.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles without most optimisations: where programs are tiny, most of the time would go into these."""
