@@ -11,7 +11,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # Files that take minutes, the longest first: begun last, one of them would keep a worker while the others idle.
-LONG = ("test_quickstart.py", "test_serving.py", "test_entries.py", "test_steps.py", "test_onpolicy.py", "test_packed.py")
+LONG = tuple(f"test_{name}.py" for name in ("quickstart", "serving", "entries", "steps", "onpolicy", "packed"))
 
 
 def pytest_collection_modifyitems(items):
