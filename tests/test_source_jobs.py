@@ -106,8 +106,10 @@ def test_a_chat_model_labels_and_what_it_was_asked_is_told(root, warm, made, cap
         wide = [len(record.candidates) > 2 for record in open_dataset(made)]
         assert 2 < told["decisions"] == sum(wide) < len(wide), "states with one action are not asked about"
         # each once, the first one twice and the second one two times more
-        assert asked == told["requests"] == told["decisions"] + 2 + 2
-        assert (told["unlabelled"], told["failed"]) == (1, 2 + 3)
+        assert asked == told["decisions"] + 2 + 2
+        lost = told["requests"] - asked  # a connection that the server closes just then is asked again
+        assert 0 <= lost <= 2
+        assert (told["unlabelled"], told["failed"]) == (1, 2 + 3 + lost)
         assert "the server answered 500: overloaded" in told["faults"][0]
         assert len(told["faults"]) == 5
         # an answer costs ten tokens: all but the refused one and the three that cannot be read
