@@ -1,7 +1,7 @@
 """Rollouts of growing transcripts through a serving engine: the turns are drawn by its HTTP API, token by token.
 
 server = Server("my-model", "http://localhost:8000/v1")
-rollout = ServedRollout(server, tokenizer, SEARCH_R1, retriever, Sampling(), Limits())
+rollout = ServedRollout(server, TranscriptRules(SEARCH_R1, tokenizer), retriever, Sampling())
 episodes, usage = rollout.run(examples, prompts, seed=0)
 
 It is POST /completions with ids in and, by `return_token_ids`, ids and log-probabilities out: vLLM from 0.10.2 on, and
@@ -26,11 +26,9 @@ from jraggym.chats.answers import Fault, Hopeless, TokenAnswer, read_token_answe
 from jraggym.chats.connection import Connection, Line, Server, Usage, seed_of
 from jraggym.episodes import Retriever, episode_names
 from jraggym.errors import InputError
-from jraggym.protocols.protocol import Protocol
 from jraggym.sampling import Sampling
-from jraggym.text.stop_strings import stop_table, token_texts, turn_end
-from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episode import Digest, Limits, OpenEpisode, TranscriptEpisode, TranscriptRules, retrieve
+from jraggym.text.stop_strings import turn_end
+from jraggym.transcript_episode import OpenEpisode, TranscriptEpisode, TranscriptRules, retrieve
 from jraggym.types import Example
 
 
@@ -40,24 +38,18 @@ class ServedRollout:
     def __init__(
         self,
         server: Server,
-        tokenizer: Tokenizer,
-        protocol: Protocol,
+        rules: TranscriptRules,
         retriever: Retriever,
         sampling: Sampling,
-        limits: Limits,
-        *,
-        ends: Sequence[int] = (),
-        digest: Digest | None = None,
     ):
-        """`ends` are the ids that end a turn by themselves, all those of the engine's model included; the sampling's
-        `candidates` and `max_tokens` are not used. Raises InputError for settings that cannot be."""
+        """`rules.ends` holds all ids that end a turn for the engine's model; the sampling's `candidates` and
+        `max_tokens` are not used. Raises InputError for settings that cannot be."""
         if server.cache is not None:
             remedy = "Leave cache out: the weights behind a name change while they are trained."
             raise InputError("a rollout keeps no answers", got=f"cache {server.cache}", remedy=remedy)
         self._connection = Connection(server)
-        self._rules = TranscriptRules(protocol, tokenizer, frozenset(ends), limits, digest)
+        self._rules, self._table = rules, rules.stop_table()
         self._retriever, self._encode = retriever, jax.jit(retriever.encode)
-        self._table = stop_table(token_texts(tokenizer), protocol.stops, ends)
         self._fields = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -65,8 +57,8 @@ class ServedRollout:
             # An engine may take what a request leaves out from the model's generation_config.json.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "stop": list(protocol.stops) or None,
-            "stop_token_ids": list(ends) or None,
+            "stop": list(rules.protocol.stops) or None,
+            "stop_token_ids": sorted(rules.ends) or None,
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,

@@ -22,6 +22,7 @@ from jraggym.errors import InputError
 from jraggym.protocols.protocol import Protocol, observation
 from jraggym.protocols.reading import final_answer, read_action
 from jraggym.retrieval.guard import guarded
+from jraggym.text.stop_strings import StopTable, stop_table, token_texts
 from jraggym.text.tokenizer import Tokenizer
 from jraggym.transcripts import Transcript
 from jraggym.types import Action, Answer, Document, Example, Malformed, Piece, Search, Segment
@@ -65,13 +66,21 @@ class TranscriptEpisode:
 
 @dataclass(frozen=True)
 class TranscriptRules:
-    """What all episodes of a rollout go by; `ends` are the ids that end a turn by themselves."""
+    """What all episodes of a rollout go by, whoever draws their turns.
+
+    `ends` are the ids that end a turn by themselves; `digest` writes what a protocol that shows digests shows of a
+    search, and must not call jax.
+    """
 
     protocol: Protocol
     tokenizer: Tokenizer
-    ends: frozenset[int]
-    limits: Limits
+    limits: Limits = Limits()
+    ends: frozenset[int] = frozenset()
     digest: Digest | None = None
+
+    def stop_table(self) -> StopTable:
+        """What ends a turn, token by token."""
+        return stop_table(token_texts(self.tokenizer), self.protocol.stops, sorted(self.ends))
 
     def check(self, examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> None:
         """Raises InputError for prompts that are too long, or empty."""

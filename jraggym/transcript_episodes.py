@@ -14,9 +14,7 @@ import numpy as np
 
 from jraggym.episodes import Retriever, episode_names
 from jraggym.host_calls import Once, Rows
-from jraggym.protocols.protocol import Protocol
-from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episode import Digest, Limits, OpenEpisode, TranscriptEpisode, TranscriptRules, retrieve
+from jraggym.transcript_episode import OpenEpisode, TranscriptEpisode, TranscriptRules, retrieve
 from jraggym.types import Example
 
 Next = tuple[np.ndarray, ...]
@@ -30,21 +28,17 @@ class TranscriptEpisodes:
 
     def __init__(
         self,
+        rules: TranscriptRules,
         examples: Sequence[Example],
         prompts: Sequence[Sequence[int]],
         may_search: Sequence[bool],
-        protocol: Protocol,
-        tokenizer: Tokenizer,
-        ends: Sequence[int],
         retriever: Retriever,
-        limits: Limits,
         *,
         slots: int,
         shards: int = 1,
-        digest: Digest | None = None,
     ):
-        self._rules = TranscriptRules(protocol, tokenizer, frozenset(ends), limits, digest)
-        self._rules.check(examples, prompts)
+        rules.check(examples, prompts)
+        self._rules = rules
         self.examples = tuple(examples)
         self.done: list[TranscriptEpisode | None] = [None] * len(examples)
         self._prompts, self._may_search = [tuple(p) for p in prompts], list(may_search)

@@ -63,8 +63,6 @@ class TranscriptGatherer:
     """
 
     rollout: TranscriptRollout
-    tokenizer: Tokenizer
-    protocol: Protocol
     reward: Reward
     examples: Sequence[Example]
     questions: int  # of an iteration
@@ -82,10 +80,11 @@ class TranscriptGatherer:
     def __call__(self, policy: Policy, iteration: int, report: Callable[[int], None] | None = None) -> Gathered:
         """The groups of an iteration; `report` gets the number of finished episodes, from a callback."""
         asked = [e for e in draw(self.examples, self.questions, iteration, self.seed) for _ in range(self.copies)]
-        prompts = [prompt_ids(self.tokenizer, self.protocol, example.question) for example in asked]
+        rules = self.rollout.rules
+        prompts = [prompt_ids(rules.tokenizer, rules.protocol, example.question) for example in asked]
         key = jax.random.fold_in(self.key, iteration)
         episodes, work = self.rollout.run(policy.actor, asked, prompts, key, retriever=self.retriever, report=report)
-        finished = [as_finished(self.protocol, e, found) for e, found in zip(asked, episodes, strict=True)]
+        finished = [as_finished(rules.protocol, e, found) for e, found in zip(asked, episodes, strict=True)]
         rewards = [self.reward(f) for f in finished]
         starts = range(0, len(episodes), self.copies)
         rows = [self._row(episodes[i : i + self.copies], rewards[i : i + self.copies]) for i in starts]

@@ -30,12 +30,9 @@ from jraggym.errors import InputError
 from jraggym.host_calls import HostCalls
 from jraggym.models.decoder import Decoder, DecoderConfig
 from jraggym.models.slots import News, Slots, empty_slots, put_in
-from jraggym.protocols.protocol import Protocol
 from jraggym.sampling import Sampling
 from jraggym.sharding import place
-from jraggym.text.stop_strings import stop_table, token_texts
-from jraggym.text.tokenizer import Tokenizer
-from jraggym.transcript_episode import Digest, Limits, TranscriptEpisode
+from jraggym.transcript_episode import TranscriptEpisode, TranscriptRules
 from jraggym.transcript_episodes import TranscriptEpisodes
 from jraggym.turn_sampling import Turns, Work, sample_turns
 from jraggym.types import Example
@@ -78,30 +75,26 @@ class TranscriptRollout:
     def __init__(
         self,
         config: DecoderConfig,
-        tokenizer: Tokenizer,
-        protocol: Protocol,
+        rules: TranscriptRules,
         retriever: Retriever,
         sampling: Sampling,
-        limits: Limits,
-        engine: Engine = Engine(),
+        engine: Engine | None = None,
         *,
-        ends: Sequence[int] = (),
         mesh: Mesh | None = None,
-        digest: Digest | None = None,
     ):
-        """`ends` are the ids that end a turn by themselves; `sampling.candidates` and `max_tokens` are not used.
-        `digest` writes what a protocol that shows digests shows of a search; it must not call jax.
+        """`sampling.candidates` and `max_tokens` are not used.
 
         On a `mesh` the slots are split over all its devices. Each of them runs a loop of its own, holds the weights
         whole and waits for no other; one that cannot hold them needs a serving engine instead.
         """
+        engine = engine or Engine()
         if mesh is not None and engine.slots % mesh.size:
             got = f"{engine.slots} slots and {mesh.size} devices"
             raise InputError("the slots cannot be split over the mesh", got=got, remedy="Choose a multiple.")
-        self._config, self._tokenizer, self._protocol, self._retriever = config, tokenizer, protocol, retriever
-        self._sampling, self._limits, self._engine, self._ends = sampling, limits, engine, tuple(ends)
-        self._table = jax.tree.map(jnp.asarray, stop_table(token_texts(tokenizer), protocol.stops, ends))
-        self._calls, self._mesh, self._digest = HostCalls(self._shapes), mesh, digest
+        self.rules, self._config, self._retriever = rules, config, retriever
+        self._sampling, self._engine, self._mesh = sampling, engine, mesh
+        self._table = jax.tree.map(jnp.asarray, rules.stop_table())
+        self._calls = HostCalls(self._shapes)
         self._run = jax.jit(self._program if mesh is None else self._on_shards(mesh))
 
     @property
@@ -128,19 +121,8 @@ class TranscriptRollout:
         if may_search is None:
             may_search = [True] * len(examples)
         retriever, slots = retriever or self._retriever, self._engine.slots
-        episodes = TranscriptEpisodes(
-            examples,
-            prompts,
-            may_search,
-            self._protocol,
-            self._tokenizer,
-            self._ends,
-            retriever,
-            self._limits,
-            slots=slots,
-            shards=1 if self._mesh is None else self._mesh.size,
-            digest=self._digest,
-        )
+        shards = 1 if self._mesh is None else self._mesh.size
+        episodes = TranscriptEpisodes(self.rules, examples, prompts, may_search, retriever, slots=slots, shards=shards)
         rows = np.arange(slots, dtype=np.int32)
 
         def after(name: str) -> None:
@@ -166,7 +148,7 @@ class TranscriptRollout:
 
     def _program(self, actor: Decoder, encoder: Any, key: Array, rows: Array, *first: Array) -> Work:
         """The whole rollout of a shard on the device; the episodes themselves are on the host."""
-        engine, limits = self._engine, self._limits
+        engine, limits = self._engine, self.rules.limits
         slots = empty_slots(self._config, rows.shape[0], limits.total + max(engine.piece, engine.width))
         nobody = self._nobody(key, rows.shape[0])
         zero, together = jnp.int32(0), math.gcd(engine.rows, rows.shape[0])
@@ -220,7 +202,7 @@ class TranscriptRollout:
         return now - jnp.maximum(1, (self._engine.patience * now).astype(jnp.int32))
 
     def _nobody(self, key: Array, b: int) -> Turns:
-        a = self._limits.turn
+        a = self.rules.limits.turn
         zeros, none = jnp.zeros(b, jnp.int32), jnp.zeros(b, bool)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
         return Turns(
@@ -233,7 +215,7 @@ class TranscriptRollout:
         if name == "act":
             width = self._retriever.tokenize([""])[0].shape[1]
             return whole, struct((b, width), np.int32), struct((b, width), bool)
-        size = max(self._limits.prompt, 2 * self._limits.observation + 1)
+        size = max(self.rules.limits.prompt, 2 * self.rules.limits.observation + 1)
         flag = struct((b,), bool)
         return struct((b, size), np.int32), *[whole] * 4, flag, flag, whole, struct((b,), np.uint32), whole
 

@@ -28,6 +28,7 @@ from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Document, Segment
 
 LIMITS = Limits(turns=4, searches=2, turn=6, observation=9, total=64, prompt=12)
+RULES = TranscriptRules(SEARCH_R1, PieceTokenizer(), LIMITS, frozenset({END}))
 EXAMPLES = tuple(example for example in toy_examples(8) for _ in range(2))  # groups of two
 PROMPTS = [[3 + (7 * i + 5 * j) % 60 for j in range(6 + i % 5)] for i in range(8) for _ in range(2)]
 GREEDY = Sampling(temperature=0.0)
@@ -48,7 +49,7 @@ def no_plan(served, monkeypatch):
 def make(served, sampling=GREEDY, retriever=None, **settings):
     server = Server("tiny", served.url, **{"attempts": 3, "backoff": 0.01, "timeout": 20.0, **settings})
     retriever = retriever or toy_retriever()
-    return ServedRollout(server, PieceTokenizer(), SEARCH_R1, retriever, sampling, LIMITS, ends=(END,))
+    return ServedRollout(server, RULES, retriever, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,7 @@ def views(episodes):
 
 def test_greedy_episodes_are_those_of_the_jitted_rollout_token_by_token(greedy):
     _, config, weights = sample_model("llama")
-    rollout = TranscriptRollout(
-        config, PieceTokenizer(), SEARCH_R1, toy_retriever(), GREEDY, LIMITS, Engine(4, 0.1, 3, 2, 4), ends=(END,)
-    )
+    rollout = TranscriptRollout(config, RULES, toy_retriever(), GREEDY, Engine(4, 0.1, 3, 2, 4))
     expected, report = rollout.run(weights, EXAMPLES, PROMPTS, jax.random.key(0))
     episodes, usage = greedy
     kinds = {int(s) for e in expected for s in e.transcript.segment}
@@ -258,7 +257,7 @@ def test_a_retriever_that_fails_ends_the_episodes_that_asked(served, greedy):
 
 
 def test_a_known_query_does_not_end_by_a_search_of_others():
-    rules = TranscriptRules(SEARCH_O1_TAGS, PieceTokenizer(), frozenset({END}), Limits())
+    rules = TranscriptRules(SEARCH_O1_TAGS, PieceTokenizer(), ends=frozenset({END}))
     protocol = dataclasses.replace(SEARCH_O1_TAGS, digests=False)
     rules = dataclasses.replace(rules, protocol=protocol)
     episode = OpenEpisode.start(rules, 0, EXAMPLES[0], PROMPTS[0], True)

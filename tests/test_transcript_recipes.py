@@ -32,7 +32,7 @@ from jraggym.rollout import Policy
 from jraggym.sampling import Sampling
 from jraggym.steps import Network
 from jraggym.training import Optimization
-from jraggym.transcript_episode import Limits, TranscriptEpisode
+from jraggym.transcript_episode import Limits, TranscriptEpisode, TranscriptRules
 from jraggym.transcript_gathering import TranscriptGatherer, as_finished
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Answer, Document, Example, Search, Segment, State, Turn
@@ -59,11 +59,10 @@ def actor():
 @pytest.fixture(scope="module")
 def gather():
     limits = Limits(turns=3, searches=2, turn=5, observation=9, total=60, prompt=24)
-    rollout = TranscriptRollout(
-        CONFIG, ToyTokenizer(), TOY, toy_retriever(), Sampling(), limits, Engine(slots=4, piece=4, rows=2), ends=(1, 2)
-    )
+    rules = TranscriptRules(TOY, ToyTokenizer(), limits, frozenset({1, 2}))
+    rollout = TranscriptRollout(CONFIG, rules, toy_retriever(), Sampling(), Engine(slots=4, piece=4, rows=2))
     examples = toy_examples(5)
-    return TranscriptGatherer(rollout, ToyTokenizer(), TOY, by_length, examples, 3, jax.random.key(1), copies=3)
+    return TranscriptGatherer(rollout, by_length, examples, 3, jax.random.key(1), copies=3)
 
 
 # ---------------------------------------------------------------- scripts

@@ -16,7 +16,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import make_mesh, place, shardings
 from jraggym.text.batching import collate
 from jraggym.text.grouping import group
-from jraggym.transcript_episode import Limits
+from jraggym.transcript_episode import Limits, TranscriptRules
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Segment
 
@@ -36,10 +36,9 @@ def actor():
     return init(specs(CONFIG), jax.random.key(0))
 
 
-def make(engine=ENGINE, limits=LIMITS, protocol=SEARCH_R1, config=CONFIG, **more):
-    return TranscriptRollout(
-        config, ToyTokenizer(), protocol, toy_retriever(), Sampling(), limits, engine, ends=ENDS, **more
-    )
+def make(engine=ENGINE, limits=LIMITS, protocol=SEARCH_R1, config=CONFIG, digest=None, mesh=None):
+    rules = TranscriptRules(protocol, ToyTokenizer(), limits, frozenset(ENDS), digest)
+    return TranscriptRollout(config, rules, toy_retriever(), Sampling(), engine, mesh=mesh)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from jraggym.scripted import run_script
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization, Run
-from jraggym.transcript_episode import Limits
+from jraggym.transcript_episode import Limits, TranscriptRules
 from jraggym.transcript_gathering import TranscriptGatherer, as_finished, measures, prompt_ids
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 
@@ -206,15 +206,14 @@ def _imitate(experiment: Imitation, shop: Workshop, exam: TranscriptExam, log: L
 
 
 def _rollout(experiment: Tagged, shop: Workshop, retriever: HybridRetriever, temperature: float) -> TranscriptRollout:
+    ends = shop.tokenizer.end_ids if isinstance(shop.tokenizer, HuggingFaceTokenizer) else ()
+    protocol = protocol_for(experiment.protocol, shop.tokenizer)
     return TranscriptRollout(
         shop.config,
-        shop.tokenizer,
-        protocol_for(experiment.protocol, shop.tokenizer),
+        TranscriptRules(protocol, shop.tokenizer, experiment.limits, frozenset(ends)),
         retriever,
         Sampling(temperature=temperature),
-        experiment.limits,
         Engine(slots=experiment.slots),
-        ends=shop.tokenizer.end_ids if isinstance(shop.tokenizer, HuggingFaceTokenizer) else (),
         mesh=experiment.devices.mesh(),
     )
 
@@ -224,8 +223,6 @@ def _gatherer(experiment: Recipe, shop: Workshop) -> TranscriptGatherer:
     examples = shop.task.train.examples
     return TranscriptGatherer(
         _rollout(experiment, shop, retriever, settings.temperature),
-        shop.tokenizer,
-        protocol_for(experiment.protocol, shop.tokenizer),
         reward_of(experiment),
         examples[settings.demonstrations :] or examples,
         experiment.questions,

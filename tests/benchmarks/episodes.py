@@ -46,7 +46,7 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.sampling import Sampling
 from jraggym.text.rendering import neutralise
 from jraggym.text.tokenizer import SentencePieceTokenizer
-from jraggym.transcript_episode import Limits, OpenEpisode, TranscriptEpisode
+from jraggym.transcript_episode import Limits, OpenEpisode, TranscriptEpisode, TranscriptRules
 from jraggym.transcript_rollout import Engine, Report, TranscriptRollout
 from jraggym.types import Action, Answer, Example, Search, Segment
 
@@ -174,10 +174,10 @@ def make_ours(case: Case, temperature: float) -> Callable[[int], tuple[list[Tran
         def room(self) -> int:
             return int(case.schedule.lengths[self.number, self.turns])
 
+    rules = TranscriptRules(SEARCH_R1, case.tokenizer, case.limits)
     rollout = TranscriptRollout(
-        case.model, case.tokenizer, SEARCH_R1, case.retriever, Sampling(temperature=temperature), case.limits,
-        case.config.engine, ends=(),
-    )  # fmt: skip
+        case.model, rules, case.retriever, Sampling(temperature=temperature), case.config.engine
+    )
 
     def run(questions: int) -> tuple[list[TranscriptEpisode], Report]:
         n = questions * case.config.group
