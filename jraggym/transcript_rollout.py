@@ -34,7 +34,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import place
 from jraggym.transcript_episode import TranscriptEpisode, TranscriptRules
 from jraggym.transcript_episodes import TranscriptEpisodes
-from jraggym.turn_sampling import Turns, Work, sample_turns
+from jraggym.turn_sampling import Sampler, Turns, Work, sample_turns
 from jraggym.types import Example
 
 
@@ -151,7 +151,8 @@ class TranscriptRollout:
         engine, limits = self._engine, self.rules.limits
         slots = empty_slots(self._config, rows.shape[0], limits.total + max(engine.piece, engine.width))
         nobody = self._nobody(key, rows.shape[0])
-        zero, together = jnp.int32(0), math.gcd(engine.rows, rows.shape[0])
+        together, zero = math.gcd(engine.rows, rows.shape[0]), jnp.int32(0)
+        how = Sampler(self._config, self._sampling, self._table, engine.piece, together)
 
         def enter(slots: Slots, turns: Turns, told: Sequence[Array]) -> tuple[Slots, Turns, Work]:
             """What the host says comes into the slots."""
@@ -174,17 +175,7 @@ class TranscriptRollout:
         def body(carry: tuple) -> tuple:
             step, slots, turns, work = carry
             was = turns.open
-            slots, turns, more = sample_turns(
-                actor,
-                self._config,
-                self._sampling,
-                self._table,
-                slots,
-                turns,
-                self._most(turns),
-                engine.piece,
-                together,
-            )
+            slots, turns, more = sample_turns(how, actor, slots, turns, self._most(turns))
             stopped = was & ~turns.open
             acted, ids, mask = self._calls("act", step, rows, stopped, turns.tokens, turns.logprob, turns.count)
             vectors = self._retriever.encode(encoder, ids, mask)

@@ -5,6 +5,8 @@ Letters: B slots, A tokens of a turn, C tokens of a piece, E automaton states, V
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -41,22 +43,22 @@ class Work:
     prefilled: Array  # tokens
 
 
-def sample_turns(
-    weights: Decoder,
-    config: DecoderConfig,
-    sampling: Sampling,
-    table: StopTable,
-    slots: Slots,
-    turns: Turns,
-    most: Array,
-    piece: int,
-    rows: int,
-) -> tuple[Slots, Turns, Work]:
+@dataclass(frozen=True)
+class Sampler:
+    """How turns are drawn: by which model, with what truncation, and how many tokens and slots at a time."""
+
+    config: DecoderConfig
+    sampling: Sampling
+    table: StopTable  # what ends a turn
+    piece: int  # tokens decoded before their keys go behind the slot's own
+    rows: int  # slots whose keys are read together; divides their number
+
+
+def sample_turns(how: Sampler, weights: Decoder, slots: Slots, turns: Turns, most: Array) -> tuple[Slots, Turns, Work]:
     """Draws in all open turns, until at most `most` of them are still open.
 
-    Text is decoded `piece` tokens at a time, whose keys lie side by side in a small cache of their own; then they go
-    behind each slot's own keys, which are read `rows` slots at a time. A cache needs `piece` slots more than its
-    longest text.
+    The keys of a piece lie side by side in a small cache of their own before they go behind each slot's own. A cache
+    needs `piece` slots more than its longest text.
     """
 
     def going(carry: tuple) -> Array:
@@ -64,8 +66,7 @@ def sample_turns(
 
     def go(carry: tuple) -> tuple:
         slots, turns, steps = carry
-        drawn = _piece(weights, config, sampling, table, slots, turns, most, piece, rows)
-        turns_after, (k, v), last, taken = drawn
+        turns_after, (k, v), last, taken = _piece(how, weights, slots, turns, most)
         return merge(slots, k, v, turns_after.count - turns.count, last), turns_after, steps + taken
 
     before = jnp.sum(turns.count)
@@ -74,28 +75,21 @@ def sample_turns(
 
 
 def _piece(
-    weights: Decoder,
-    config: DecoderConfig,
-    sampling: Sampling,
-    table: StopTable,
-    slots: Slots,
-    turns: Turns,
-    most: Array,
-    piece: int,
-    rows: int,
+    how: Sampler, weights: Decoder, slots: Slots, turns: Turns, most: Array
 ) -> tuple[Turns, tuple[Array, Array], Array, Array]:
     """At most `piece` tokens: the turns, the keys and values [N, B, G, C, H], the next tokens, the steps taken."""
+    config, table = how.config, how.table
     matrix, every = unembedding(weights).astype(config.dtype), jnp.arange(slots.length.shape[0])
 
     def going(carry: tuple) -> Array:
         step, turns, *_ = carry
-        return (step < piece) & (jnp.sum(turns.open) > most)
+        return (step < how.piece) & (jnp.sum(turns.open) > most)
 
     def go(carry: tuple) -> tuple:
         step, turns, token, cache = carry
-        hidden, cache = slots_step(weights, config, slots, turns.open, cache, step, token, rows)
+        hidden, cache = slots_step(weights, config, slots, turns.open, cache, step, token, how.rows)
         logits = soft_cap((hidden[:, None] @ matrix).astype(jnp.float32), config.final_cap)
-        drawn = draw(logits, sampling, jax.vmap(jax.random.fold_in)(turns.key, turns.number))[:, 0]
+        drawn = draw(logits, how.sampling, jax.vmap(jax.random.fold_in)(turns.key, turns.number))[:, 0]
         logits = logits[:, 0]
         logprob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         place = jnp.where(turns.open, turns.count, turns.tokens.shape[1])  # out of range: written nowhere
@@ -113,6 +107,6 @@ def _piece(
         )
         return step + 1, after, jnp.where(turns.open, drawn, token), cache
 
-    cache = empty_piece(config, slots, piece)
+    cache = empty_piece(config, slots, how.piece)
     steps, turns, last, cache = jax.lax.while_loop(going, go, (jnp.int32(0), turns, slots.last, cache))
     return turns, cache, last, steps

@@ -44,6 +44,7 @@ from jraggym.retrieval.corpus import Corpus
 from jraggym.retrieval.encoder import TfidfEncoder
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.sampling import Sampling
+from jraggym.sharding import make_mesh
 from jraggym.text.rendering import neutralise
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.transcript_episode import Limits, OpenEpisode, TranscriptEpisode, TranscriptRules
@@ -77,6 +78,7 @@ class Config:
     growth: int = 8  # questions of each row of the table of prefilled tokens; 0: no table
     repeats: int = 2
     threads: int = 2
+    devices: int = 2  # of jax, for our rollout: a loop runs on one core
     seed: int = 0
     engine: Engine = field(default_factory=lambda: Engine(slots=32))
 
@@ -175,8 +177,9 @@ def make_ours(case: Case, temperature: float) -> Callable[[int], tuple[list[Tran
             return int(case.schedule.lengths[self.number, self.turns])
 
     rules = TranscriptRules(SEARCH_R1, case.tokenizer, case.limits)
+    mesh = make_mesh(data=case.config.devices) if case.config.devices > 1 else None
     rollout = TranscriptRollout(
-        case.model, rules, case.retriever, Sampling(temperature=temperature), case.config.engine
+        case.model, rules, case.retriever, Sampling(temperature=temperature), case.config.engine, mesh=mesh
     )
 
     def run(questions: int) -> tuple[list[TranscriptEpisode], Report]:
@@ -316,6 +319,7 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     if hasattr(os, "sched_setaffinity"):  # before jax starts, whose threads are as many as the cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: config.threads])
+    jax.config.update("jax_num_cpu_devices", config.devices)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     print(f"{config}\ntorch {torch.__version__}, jax {jax.__version__} on {jax.default_backend()}")
