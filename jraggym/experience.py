@@ -15,7 +15,7 @@ from jax import Array
 
 from jraggym.batch import ProcessBatch
 from jraggym.errors import InputError
-from jraggym.objectives.advantages import GROUP_ADVANTAGES, group_advantages
+from jraggym.objectives.advantages import GROUP_ADVANTAGES, group_advantages, step_advantages
 from jraggym.objectives.kl import AdaptiveKL, kl_estimate
 from jraggym.objectives.pairs import masked_mean
 from jraggym.objectives.policy import Experience, PolicyLoss
@@ -27,10 +27,15 @@ Maker = Callable[..., tuple[Experience, dict[str, Array]]]
 
 @dataclass(frozen=True)
 class GRPO:
-    """Group advantages (arXiv 2402.03300): K candidates of a state, or K whole episodes of a question."""
+    """Group advantages (arXiv 2402.03300): K candidates of a state, or K whole episodes of a question.
+
+    Where the steps of episodes have rewards, a token's advantage is that of the outcome and that of its step and those
+    that follow; see `step_advantages`.
+    """
 
     advantage: str = "standardised"  # one of GROUP_ADVANTAGES
     eps: float = 1e-6  # of "standardised": 1e-6 in verl, 1e-4 in TRL
+    gamma: float = 1.0  # discount from a judged step to the one before it
     reward_kl: str = "k1"
     reward_kl_weight: float = 0.0  # of the KL to the reference in a candidate's reward
     loss: PolicyLoss = field(default_factory=PolicyLoss)
@@ -73,7 +78,11 @@ def grpo_experience(net: Network, how: GRPO) -> Maker:
         if reference is not None and how.reward_kl_weight:
             kl = kl_estimate(how.reward_kl, jnp.where(batch.own, logprob, 0.0), jnp.where(batch.own, reference, 0.0))
             reward = reward - how.reward_kl_weight * jnp.sum(kl, axis=-1)
-        advantage = group_advantages(how.advantage, reward, batch.candidate_mask, batch.own, eps=how.eps)
+        group = batch.candidate_mask, batch.own
+        advantage = group_advantages(how.advantage, reward, *group, eps=how.eps)
+        if batch.token_reward is not None:
+            steps = step_advantages(how.advantage, batch.token_reward, *group, gamma=how.gamma, eps=how.eps)
+            advantage = advantage + steps
         made = Experience(batch, advantage, logprob, reference if how.loss.kl_weight else None)
         return made, _report(batch, logprob, reference)
 

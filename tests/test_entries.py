@@ -201,7 +201,6 @@ def test_missing_data_is_one_line(monkeypatch, capsys, warm, tmp_path):
     [
         ({"rewards": "praise"}, "unknown rewards; got praise"),
         ({"rewards": "critic"}, "a critic goes with rewards=critic"),
-        ({"rewards": "steps"}, "GRPO compares whole candidates"),
     ],
 )
 def test_rewards_that_do_not_fit_are_refused(fields, message, warm, tmp_path):

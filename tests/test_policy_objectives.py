@@ -1,6 +1,7 @@
 """GRPO's and PPO's parts: hand-worked values, torch, the identities that they must obey, and masks."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,16 @@ from array_samples import random_batch, worst_difference
 from test_objectives import small_batch
 
 from jraggym.errors import InputError
-from jraggym.objectives.advantages import group_advantages, leave_one_out, mean_only, standardised, whiten
+from jraggym.experience import GRPO, grpo_experience
+from jraggym.objectives.advantages import (
+    GROUP_ADVANTAGES,
+    group_advantages,
+    leave_one_out,
+    mean_only,
+    standardised,
+    step_advantages,
+    whiten,
+)
 from jraggym.objectives.gae import gae
 from jraggym.objectives.kl import AdaptiveKL, kl_estimate
 from jraggym.objectives.policy import Experience, PolicyLoss, aggregate, policy_loss
@@ -105,6 +115,56 @@ def test_whitening_counts_the_mask_alone():
     expected = (np.array([1, 3, 5]) - 3) / np.sqrt(8 / 3)
     np.testing.assert_allclose(np.asarray(whiten(values, mask))[mask], expected, rtol=1e-6)
     assert not np.asarray(whiten(values, mask))[~mask].any()
+
+
+# ---------------------------------------------------------------- advantages of steps
+
+OWN_STEPS = np.array([[[1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 0], [1, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]], bool)
+STEP_REWARD = np.float32([[[0, 1, 0, 0, 0, 0], [0, -0.5, 0, 0.5, 0, 0], [0.25, 0, 0, 0, 1, 0], [0, 9, 0, 0, 0, 0]]])
+JUDGED = np.array([[True, True, True, False]])
+# of each episode: the tokens and the reward of each of its steps
+STEPS = [[((0, 1), 1.0), ((4, 5), 0.0)], [((0, 1), -0.5), ((3,), 0.5)], [((0,), 0.25), ((2,), 0.0), ((4,), 1.0)]]
+
+
+def test_golden_advantages_of_steps():
+    own = np.array([[[True, True, False, True], [True, False, False, False]]])
+    reward = np.float32([[[0, 1, 0, 0], [0, 0, 0, 0]]])
+    found = step_advantages("mean_only", reward, np.ones((1, 2), bool), own)
+    np.testing.assert_allclose(found, [[[1 / 3, 1 / 3, 0, -1 / 3], [-1 / 3, 0, 0, 0]]], atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("kind", ["standardised", "mean_only", "leave_one_out"])
+def test_a_token_has_the_advantages_of_its_step_and_of_those_that_follow(kind, gamma):
+    rewards = [[reward for _, reward in steps] for steps in STEPS]
+    every, means = np.concatenate(rewards), [np.mean(r) for r in rewards]
+    expected = np.zeros(OWN_STEPS.shape)
+    for k, steps in enumerate(STEPS):
+        base, scale = np.mean(every), np.std(every, ddof=1) + 1e-4 if kind == "standardised" else 1.0
+        if kind == "leave_one_out":
+            base = np.mean(means[:k] + means[k + 1 :])
+        value = 0.0
+        for tokens, reward in reversed(steps):
+            value = (reward - base) / scale + gamma * value
+            expected[0, k, list(tokens)] = value
+    found = step_advantages(kind, STEP_REWARD, JUDGED, OWN_STEPS, gamma=gamma, eps=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_step_rewards_that_are_all_alike_or_elsewhere_teach_nothing():
+    alike = np.where(OWN_STEPS, np.float32(0), np.float32(7))
+    for kind in GROUP_ADVANTAGES:
+        assert not np.asarray(step_advantages(kind, alike, JUDGED, OWN_STEPS)).any(), kind
+    with pytest.raises(InputError, match="unknown advantage; got best"):
+        step_advantages("best", alike, JUDGED, OWN_STEPS)
+
+
+def test_global_advantages_of_steps_are_whitened_over_the_tokens():
+    tokens = OWN_STEPS & JUDGED[..., None]
+    plain = np.asarray(step_advantages("mean_only", STEP_REWARD, JUDGED, OWN_STEPS))[tokens]
+    found = np.asarray(step_advantages("global", STEP_REWARD, JUDGED, OWN_STEPS))
+    np.testing.assert_allclose(found[tokens], (plain - plain.mean()) / plain.std(), rtol=1e-5, atol=1e-6)
+    assert not found[~tokens].any()
 
 
 # ---------------------------------------------------------------- KL
@@ -427,3 +487,16 @@ def test_what_is_masked_changes_no_bit_of_loss_and_gradient(experience, logprob,
     arrays = [np.where(own, x, np.float32(bad)) for x in (logprob, experience.value + 0.1, logprob**2)]
     found = run(arrays[0], arrays[1], spoiled(experience, bad), arrays[2])
     assert worst_difference(found, expected) == 0.0
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.0])
+def test_grpo_adds_the_advantages_of_steps_to_those_of_the_outcome(batch, gamma):
+    steps = np.where(batch.own, numbers(batch.own.shape, 21), 0.0).astype(np.float32)
+    batch = batch.replace(token_reward=steps)
+    net: Any = SimpleNamespace(decoder=lambda *_: None, logprobs=lambda _, batch: jnp.zeros(batch.action.shape))
+    made, _ = grpo_experience(net, GRPO("mean_only", gamma=gamma))(None, None, batch)
+    group = batch.candidate_mask, batch.own
+    outcome = group_advantages("mean_only", batch.reward, *group)
+    added = step_advantages("mean_only", steps, *group, gamma=gamma)
+    np.testing.assert_allclose(made.advantage, outcome + added, atol=1e-6)
+    assert np.abs(np.asarray(added)).max() > 0.1

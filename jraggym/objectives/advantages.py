@@ -1,7 +1,8 @@
 """Advantages of a group: how much better each of K rewards is than its group's.
 
 A group is the K candidates of one state with process rewards, or K whole episodes of one question with outcome
-rewards. A group of one has no rivals, and its advantage is the reward itself (as in verl).
+rewards and, where they are judged, a reward for each of their steps. A group of one has no rivals, and its advantage
+is the reward itself (as in verl).
 """
 
 from __future__ import annotations
@@ -49,8 +50,7 @@ def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array, *, ep
     Args: reward [B, K]; mask bool [B, K]; tokens bool [B, K, A]: where the loss reads; eps: see `standardised`.
     Returns: [B, K, A], 0 elsewhere. Raises InputError for an unknown kind.
     """
-    if kind not in GROUP_ADVANTAGES:
-        raise InputError("unknown advantage", got=kind, remedy=f"Use one of {', '.join(GROUP_ADVANTAGES)}.")
+    _known(kind)
     tokens = tokens & mask[:, :, None]
     if kind == "standardised":
         advantage = standardised(reward, mask, eps=eps)
@@ -58,6 +58,59 @@ def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array, *, ep
         advantage = leave_one_out(reward, mask) if kind == "leave_one_out" else mean_only(reward, mask)
     spread = jnp.where(tokens, advantage[:, :, None], 0.0)
     return whiten(spread, tokens) if kind == "global" else spread
+
+
+def step_advantages(
+    kind: str, reward: Array, mask: Array, tokens: Array, *, gamma: float = 1.0, eps: float = 1e-6
+) -> Array:
+    """What the steps of whole episodes add: each token has the discounted sum of the advantages of its step and those
+    that follow, where a step's advantage is its reward beside those of all steps of the group.
+
+    "standardised" is process supervision in GRPO (arXiv 2402.03300, 4.1.3); "leave_one_out" takes the mean of the
+    others' mean step rewards as baseline, as PRIME does (arXiv 2502.01456, eq. 5); both add this to the outcome's part.
+
+    Args: reward [B, K, A]: on each step's last own token; mask, tokens, eps: as for `group_advantages`; gamma: discount
+      from a step to the one before it, 1 in GRPO; 0 leaves each step its own reward.
+    Returns: [B, K, A], 0 outside the tokens. Raises InputError for an unknown kind.
+
+    Rewards 1 | 0 of one episode's steps and 0 of another's only one, "mean_only": steps have 2/3, -1/3 and -1/3, so the
+    tokens of the first step have 1/3, those of the second -1/3, and those of the other episode -1/3.
+    """
+    _known(kind)
+    tokens = tokens & mask[:, :, None]
+    following = jnp.pad(tokens[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
+    ends = tokens & (~following | (reward != 0))
+    reward = jnp.where(ends, reward, 0.0)
+    if kind == "leave_one_out":
+        number = jnp.sum(ends, axis=2)
+        means = jnp.sum(reward, axis=2) / jnp.maximum(number, 1)
+        real = mask & (number > 0)
+        advantage = reward - (means - leave_one_out(means, real))[:, :, None]
+    else:
+        b, k, a = reward.shape
+        flat = reward.reshape(b, k * a), ends.reshape(b, k * a)
+        found = standardised(*flat, eps=eps) if kind == "standardised" else mean_only(*flat)
+        advantage = found.reshape(b, k, a)
+    spread = _returns(jnp.where(ends, advantage, 0.0), ends, gamma)
+    spread = jnp.where(tokens, spread, 0.0)
+    return whiten(spread, tokens) if kind == "global" else spread
+
+
+def _returns(advantage: Array, ends: Array, gamma: float) -> Array:
+    """From each token on, the sum of what stands on steps' ends [B, K, A], discounted by the ends in between."""
+
+    def back(after: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
+        value, end = at
+        now = value + jnp.where(end, gamma, 1.0) * after
+        return now, now
+
+    columns = jnp.moveaxis(advantage, -1, 0), jnp.moveaxis(ends, -1, 0)
+    return jnp.moveaxis(jax.lax.scan(back, jnp.zeros(ends.shape[:2]), columns, reverse=True)[1], 0, -1)
+
+
+def _known(kind: str) -> None:
+    if kind not in GROUP_ADVANTAGES:
+        raise InputError("unknown advantage", got=kind, remedy=f"Use one of {', '.join(GROUP_ADVANTAGES)}.")
 
 
 def whiten(values: Array, mask: Array) -> Array:

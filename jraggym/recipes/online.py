@@ -3,7 +3,7 @@
 rewards    process    the judge's rewards for the K candidates of each visited state
            critic     a critic's scores for them (RAG-Gym's PPO)
            outcome    the answer's F1, for K whole episodes of each question
-           steps      the answer's F1, and the judge's rewards for every step inside whole episodes (PPO)
+           steps      the answer's F1, and the judge's rewards for every step inside whole episodes
 """
 
 from __future__ import annotations
@@ -143,9 +143,6 @@ def _check(experiment: Grpo | Ppo) -> None:
     if (experiment.rewards == "critic") != (experiment.critic is not None):
         got = f"rewards={experiment.rewards}, critic={experiment.critic}"
         raise InputError("a critic goes with rewards=critic", got=got, remedy="Give both or none.")
-    if experiment.rewards == "steps" and isinstance(experiment, Grpo):
-        remedy = "Use train.ppo, or rewards=process or outcome."
-        raise InputError("GRPO compares whole candidates, not single steps", got="rewards=steps", remedy=remedy)
 
 
 def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
