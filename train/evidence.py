@@ -30,6 +30,7 @@ from jraggym.data.benchmarks import load_benchmark
 from jraggym.data.hotpotqa import read_pooled
 from jraggym.data.questions import QuestionSet
 from jraggym.errors import InputError, exit_on_input_error
+from jraggym.evidence.episodes import Lookup
 from jraggym.evidence.training import Choice, choices_from_json, shuffled
 from jraggym.metrics import bootstrap_interval
 from jraggym.models.bert_critic import PairScorer, save_bert_critic
@@ -41,6 +42,7 @@ from jraggym.recipes.evidence import (
     by_critic,
     by_oracle,
     choices_of,
+    in_two_ways,
     recall,
     single_shot,
     the_first,
@@ -56,7 +58,7 @@ CRITIC, SHUFFLED, RANDOM, FIRST, ORACLE = (
     "shuffled rewards",
     "random critic",
     "first proposal",
-    "oracle over bm25",
+    "oracle",
 )
 SINGLE = ("bm25", "dense", "fused")
 BENCHMARKS = ("hotpotqa", "twowiki", "musique")
@@ -148,7 +150,7 @@ def read_splits(arguments: Arguments) -> Splits:
     return splits
 
 
-def searcher(questions: QuestionSet, encoder: BertEncoder, arguments: Arguments, kind: str = "fused") -> Searcher:
+def searcher(questions: QuestionSet, encoder: BertEncoder, arguments: Arguments, kind: str) -> Searcher:
     """A retriever over the corpus of the questions: bm25, dense, or both fused."""
     settings, used, vectors = arguments.settings, None, None
     if kind != "bm25":
@@ -157,22 +159,27 @@ def searcher(questions: QuestionSet, encoder: BertEncoder, arguments: Arguments,
     return Searcher(HybridRetriever(questions.corpus, used, read, settings.depth, lexical=lexical, vectors=vectors))
 
 
+def lookup_of(questions: QuestionSet, encoder: BertEncoder, arguments: Arguments) -> Lookup:
+    """What carries out the proposals, in labelling and in scoring alike."""
+    fused, names = (searcher(questions, encoder, arguments, kind) for kind in ("fused", "bm25"))
+    return in_two_ways({example.question for example in questions.examples}, fused, names)
+
+
 def label(learn: QuestionSet, encoder: BertEncoder, arguments: Arguments, console: Console) -> list[Choice]:
-    """The labelled choices of one benchmark's training questions; BM25 alone can carry out every proposal."""
-    lookup = searcher(learn, encoder, arguments, "bm25")
+    """The labelled choices of one benchmark's training questions."""
+    lookup = lookup_of(learn, encoder, arguments)
     return choices_of(learn, lookup, arguments.settings, arguments.seed, console.progress)
 
 
 def score(exam: QuestionSet, encoder: BertEncoder, scorers: Mapping[str, PairScorer], arguments: Arguments) -> Scores:
     """All rows of one benchmark."""
-    settings, lookup = arguments.settings, searcher(exam, encoder, arguments)
+    settings, lookup = arguments.settings, lookup_of(exam, encoder, arguments)
     found = {name: recall(exam, lookup, by_critic(scorer), settings) for name, scorer in scorers.items()}
     found[RANDOM] = recall(exam, lookup, at_random(arguments.seed), settings)
     found[FIRST] = recall(exam, lookup, the_first, settings)
     for kind in SINGLE:
         found[kind] = single_shot(exam, searcher(exam, encoder, arguments, kind), settings)
-    lexical = searcher(exam, encoder, arguments, "bm25")
-    return found | {ORACLE: recall(exam, lexical, by_oracle(exam.examples, lexical, settings), settings)}
+    return found | {ORACLE: recall(exam, lookup, by_oracle(exam.examples, lookup, settings), settings)}
 
 
 def table(name: str, exam: QuestionSet, scored: Scores, settings: EvidenceSettings) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,23 @@ class Searcher:
             for query, hits in zip(new, self._retriever.search(new, vectors, k), strict=True):
                 self._found[query, k] = hits
         return [self._found[query, k] for query in queries]
+
+
+def in_two_ways(questions: Collection[str], whole: Lookup, names: Lookup) -> Lookup:
+    """Searches `questions` by `whole`, and all other queries, which are about a name, by `names`.
+
+    A name that comes twice in its query weighs more in BM25 and blurs the query's vector, so that fusing both rankings
+    loses what BM25 finds; a whole question is found best by both.
+    """
+
+    def lookup(queries: Sequence[str], k: int) -> list[Sequence[Document]]:
+        found: dict[str, Sequence[Document]] = {}
+        for search, wanted in ((whole, True), (names, False)):
+            if part := [query for query in queries if (query in questions) == wanted]:
+                found |= dict(zip(part, search(part, k), strict=True))
+        return [found[query] for query in queries]
+
+    return lookup
 
 
 def train_critic(
