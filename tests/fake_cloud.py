@@ -1,0 +1,176 @@
+"""Stand-ins for gcloud, xpk, kubectl and what a TPU VM has, small programs that a test puts first on PATH.
+
+They keep a small cloud in a state file: one queued resource, whose states follow the journey that the test chose, and
+one folder for each slice, in which `ssh --command` really runs. Faults are texts and exit codes as the real ones give.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOOLS = ("gcloud", "xpk", "kubectl", "python3", "mountpoint", "gcsfuse", "sudo")
+
+
+class FakeCloud:
+    """The cloud as a test sets it up and looks at it."""
+
+    def __init__(self, folder, monkeypatch):
+        self.path = folder / "state.json"
+        tools = folder / "bin"
+        tools.mkdir()
+        for tool in TOOLS:
+            script = tools / tool
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__)} {tool} "$@"\n')
+            script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("FAKE_CLOUD", str(self.path))
+        monkeypatch.setenv("FAKE_PYTHON", sys.executable)
+        self.write({"calls": [], "journeys": [], "faults": {}, "request": None, "workload": None})
+
+    def write(self, state):
+        self.path.write_text(json.dumps(state))
+
+    def read(self):
+        return json.loads(self.path.read_text())
+
+    def set(self, **changes):
+        self.write(self.read() | changes)
+
+    def calls(self, tool=None):
+        """The calls so far as (tool, verb, arguments)."""
+        return [call for call in self.read()["calls"] if tool in (None, call[0])]
+
+    def verbs(self, tool="gcloud"):
+        return [verb for _, verb, _ in self.calls(tool)]
+
+
+@contextlib.contextmanager
+def opened():
+    """The state, alone with it."""
+    path = Path(os.environ["FAKE_CLOUD"])
+    with open(path.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = json.loads(path.read_text())
+        try:
+            yield state
+        finally:
+            path.write_text(json.dumps(state))
+
+
+def flag(arguments, name):
+    return next((a.split("=", 1)[1] for a in arguments if a.startswith(f"--{name}=")), None)
+
+
+def fail(code, text):
+    sys.stderr.write(text + "\n")
+    raise SystemExit(code)
+
+
+def faulty(state, verb):
+    """The next fault of this verb: [exit code, text, changes of the request, whether it comes after the deed]."""
+    faults = state["faults"].get(verb, [])
+    return faults.pop(0) if faults else None
+
+
+def gcloud(arguments):
+    assert arguments[:2] == ["compute", "tpus"], arguments
+    group, verb, rest = arguments[2], arguments[3], arguments[4:]
+    verb = verb if group == "queued-resources" else f"node-{verb}" if verb == "describe" else verb
+    with opened() as state:
+        state["calls"].append(["gcloud", verb, arguments])
+        fault = faulty(state, verb)
+        if fault and len(fault) > 2 and fault[2] and not fault[3:]:
+            state["request"] = (state["request"] or {}) | fault[2]
+        if not fault and verb not in ("ssh", "scp"):
+            return queued(state, verb, rest)
+    if fault and not fault[3:]:
+        fail(*fault[:2])
+    home = Path(os.environ["FAKE_CLOUD"]).parent / "vms"
+    if verb == "scp":
+        node, target = rest[1].split(":")
+        (home / node).mkdir(parents=True, exist_ok=True)
+        (home / node / target).write_bytes(Path(rest[0]).read_bytes())
+        return None
+    done = subprocess.run(
+        ["bash", "-c", flag(rest, "command")], cwd=home / rest[0], env={**os.environ, "HOME": str(home / rest[0])}
+    )
+    if fault:  # the command ran, and then the connection broke or the machine vanished
+        with opened() as state:
+            state["request"] |= fault[2] or {}
+        fail(*fault[:2])
+    raise SystemExit(done.returncode)
+
+
+def queued(state, verb, rest):
+    prefix = (
+        f"ERROR: (gcloud.compute.tpus.{'tpu-vm.describe' if verb == 'node-describe' else f'queued-resources.{verb}'})"
+    )
+    missing = f"{prefix} NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/{rest[0]}' was not found"
+    request = state["request"]
+    if verb == "create":
+        if request is not None:
+            fail(1, f"{prefix} ALREADY_EXISTS: Resource '{rest[0]}' already exists")
+        count = int(flag(rest, "node-count") or 1)
+        nodes = [flag(rest, "node-id")] if count == 1 else [f"{flag(rest, 'node-prefix')}-{i}" for i in range(count)]
+        journey = state["journeys"].pop(0) if state["journeys"] else ["ACTIVE"]
+        state["request"] = {"journey": journey, "nodes": nodes, "type": flag(rest, "accelerator-type")}
+        return
+    if request is None:
+        fail(1, missing)
+    if verb == "delete":
+        state["request"] = None
+    elif verb == "describe":
+        journey = request["journey"]
+        now = journey.pop(0) if len(journey) > 1 else journey[0]
+        status = {"state": now, "stateInitiator": "SERVICE"}
+        if now == "FAILED":
+            status["failedData"] = {"error": {"code": 8, "message": "Quota limit 'TPUV5P' has been exceeded. Limit: 0"}}
+        nodes = [{"nodeId": node, "node": {"acceleratorType": request["type"]}} for node in request["nodes"]]
+        print(json.dumps({"name": rest[0], "state": status, "tpu": {"nodeSpec": nodes}}))
+    elif verb == "node-describe":
+        print(request.get("node_state", "READY"))
+
+
+def xpk(arguments):
+    verb, rest = arguments[1], arguments[2:]
+    verb = "wait" if flag(rest, "wait-for-job-completion") else verb
+    with opened() as state:
+        state["calls"].append(["xpk", verb, arguments])
+        if fault := faulty(state, verb):
+            fail(*fault[:2])
+        workload = state["workload"]
+        if verb == "create":
+            if workload is not None:
+                fail(1, f"[XPK] {flag(rest, 'workload')} already exists, XPK will not create this workload.")
+            state["workload"] = {"name": flag(rest, "workload"), "status": "RUNNING"}
+        elif verb == "delete":
+            state["workload"] = None
+        elif verb == "list":
+            print("Jobset Name    Created Time    Priority    Status")
+            if workload and flag(rest, "filter-by-status") in ("EVERYTHING", workload["status"]):
+                print(f"{workload['name']}    2026-1-1T1:00:00Z    medium    {workload['status']}")
+        elif verb == "wait":
+            print("[XPK] Waiting for the workload")
+            raise SystemExit(125 if workload["status"] == "FAILED" else 0)
+
+
+def on_a_vm(tool, arguments):
+    """What setup.sh calls: installing makes a link to this Python; there is nothing to mount."""
+    with opened() as state:
+        state["calls"].append([tool, arguments[0] if arguments else "", arguments])
+    if tool == "python3" and arguments[:3] == ["-m", "uv", "venv"]:
+        python = Path(arguments[-1]) / "bin" / "python"
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text(f'#!/bin/sh\nexec {os.environ["FAKE_PYTHON"]} "$@"\n')
+        python.chmod(0o755)
+    return 1 if tool == "mountpoint" else 0
+
+
+if __name__ == "__main__":
+    name, given = sys.argv[1], sys.argv[2:]
+    known = {"gcloud": gcloud, "xpk": xpk}
+    raise SystemExit(known[name](given) if name in known else on_a_vm(name, given))
