@@ -20,11 +20,12 @@ class FakeCloud:
 
     def __init__(self, folder, monkeypatch):
         self.path = folder / "state.json"
-        tools = folder / "bin"
+        tools, here = folder / "bin", str(Path(__file__).parent)
         tools.mkdir()
         for tool in TOOLS:
             script = tools / tool
-            script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__)} {tool} "$@"\n')
+            start = f"import sys; sys.path.insert(0, {here!r}); import fake_cloud; fake_cloud.main({tool!r})"
+            script.write_text(f"#!{sys.executable} -S\n{start}\n")
             script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_CLOUD", str(self.path))
@@ -100,7 +101,7 @@ def gcloud(arguments):
     )
     if fault:  # the command ran, and then the connection broke or the machine vanished
         with opened() as state:
-            state["request"] |= fault[2] or {}
+            state["request"] |= fault[2] if fault[2:] and fault[2] else {}
         fail(*fault[:2])
     raise SystemExit(done.returncode)
 
@@ -170,7 +171,6 @@ def on_a_vm(tool, arguments):
     return 1 if tool == "mountpoint" else 0
 
 
-if __name__ == "__main__":
-    name, given = sys.argv[1], sys.argv[2:]
+def main(tool):
     known = {"gcloud": gcloud, "xpk": xpk}
-    raise SystemExit(known[name](given) if name in known else on_a_vm(name, given))
+    raise SystemExit(known[tool](sys.argv[1:]) if tool in known else on_a_vm(tool, sys.argv[1:]))

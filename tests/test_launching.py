@@ -125,6 +125,7 @@ def test_a_whole_launch_on_two_slices():
         tpu_vm.create(settings),
         [*queued[0], "--format=json"],
         *([*vm, "describe", node, *PLACE, "--format=value(state)"] for node in both),
+        tpu_vm.pack("project.tar.gz"),
         *(
             [*vm, "scp", "project.tar.gz", f"{node}:jraggym-dpo.tar.gz", *PLACE, "--worker=all", "--quiet"]
             for node in both
@@ -156,7 +157,7 @@ def test_a_launch_on_gke():
     assert gke.plan(cluster(topology="2xv5p:4x4x8", restarts=5), COMMAND) == [
         [
             *["xpk", "workload", "create", *where, "--workload=dpo", "--tpu-type=v5p-256", "--num-slices=2"],
-            *["--docker-image=registry/jraggym:1", "--max-restarts=5", "--restart-on-exit-codes=75"],
+            *["--docker-image=registry/jraggym:1", "--max-restarts=5", "--restart-on-exit-codes=69,75"],
             "--termination-grace-period-seconds=120",
             f"--command=exec {shlex.join(COMMAND)}",
         ],
@@ -272,6 +273,14 @@ def script(tmp_path, text, name="job"):
     path = tmp_path / f"{name}.sh"
     path.write_text(text)
     return ["bash", str(path)]
+
+
+def until(met, seconds=30.0):
+    """Waits until `met()`; a test that would wait for ever fails instead."""
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.02)
 
 
 def starts(tmp_path):
@@ -396,7 +405,7 @@ def test_a_preempted_slice_is_made_again_and_the_command_run_again(cloud, tmp_pa
     cloud.set(faults={"ssh": [None, gone]})
     pod.run(tpu(capacity="spot", **QUICK), command, told.append, told.append)
     assert starts(tmp_path) == 2
-    assert "preempted; restart 1 of 3" in told.text()
+    assert "; restart 1 of 3 in 0 s" in told.text()
     after = cloud.verbs()[cloud.verbs().index("ssh") :]
     assert after[2:8] == ["describe", "describe", "delete", "describe", "create", "describe"]
 
@@ -415,12 +424,44 @@ def test_exit_code_75_runs_the_command_again_on_all_slices(cloud, tmp_path, told
     assert cloud.verbs().count("create") == 1
 
 
+WORKERS = "##### Command execution on worker {} failed with exit status {}. Continuing."
+
+
+def test_workers_that_only_miss_another_one_are_started_again(cloud, tmp_path, told):
+    """gcloud ends with worker 0's code, 69; worker 1, whose machine restarted, could not be reached."""
+    fault = [69, "\n".join([WORKERS.format(0, 69), WORKERS.format(2, 69), WORKERS.format(1, 255)]), None, "late"]
+    cloud.set(faults={"ssh": [None, fault]})
+    pod.run(tpu(**QUICK), script(tmp_path, "exit 0"), told.append, told.append)
+    assert "a worker is gone; restart 1 of 3" in told.text()
+
+
+def test_the_worker_that_failed_by_itself_decides(cloud, tmp_path, told):
+    fault = [69, "\n".join([WORKERS.format(0, 69), WORKERS.format(1, 75), WORKERS.format(3, 1)]), None, "late"]
+    cloud.set(faults={"ssh": [None, fault]})
+    with pytest.raises(LaunchError, match="dpo: exit code 1. The slices are still held") as error:
+        pod.run(tpu(**QUICK), script(tmp_path, "exit 0"), told.append, told.append)
+    assert error.value.code == 1
+
+
 def test_restarts_come_to_an_end(cloud, tmp_path, told):
     command = script(tmp_path, f"echo start >> {tmp_path}/starts; exit 75")
     with pytest.raises(Preempted) as error:
         pod.run(tpu(**QUICK | {"restarts": 1}), command, told.append, told.append)
     assert error.value.code == 75
     assert starts(tmp_path) == 2
+
+
+def test_the_pause_between_restarts_grows_until_a_start_lasts(told):
+    lasts = iter([0, 0, 0, 0.3, 0])  # seconds
+
+    def start(number):
+        time.sleep(next(lasts))
+        if number < 4:
+            raise Preempted("gone")
+        return number
+
+    assert processes.with_restarts(start, 9, told.append, backoff=0.02, longest=0.2) == 4
+    assert [line.split(";")[1].split(" in")[0] for line in told] == [f" restart {n} of 9" for n in (1, 2, 3, 4)]
 
 
 def test_slices_that_somebody_gave_back_are_not_made_again(cloud, tmp_path, told):
@@ -442,15 +483,14 @@ def test_a_second_launch_watches_the_first_ones_run(cloud, tmp_path, told):
 
     first = threading.Thread(target=launcher)
     first.start()
-    while starts(tmp_path) == 0:
-        time.sleep(0.02)
+    until(lambda: starts(tmp_path))
     installs = len(cloud.calls("python3"))
     second = Told()
     other = script(tmp_path, "echo other", "other")
     threading.Timer(1.0, (tmp_path / "go").touch).start()
     with pytest.raises(LaunchError, match="exit code 4"):
         pod.run(tpu(**QUICK), other, second.append, second.append)
-    first.join()
+    first.join(timeout=30)
     assert starts(tmp_path) == 1
     assert "still runs: it is shown, and nothing new is started" in second.text()
     assert "first" in second
@@ -468,13 +508,15 @@ def test_delete_is_fine_when_nothing_is_there(cloud, told):
         pod.run(tpu(do="delete"), [], told.append, told.append)
 
 
-def test_the_packed_project_is_the_code_alone(tmp_path):
-    with tarfile.open(pod.pack(tmp_path / "p.tar.gz")) as tar:
+def test_the_packed_project_is_the_code_alone(tmp_path, monkeypatch):
+    subprocess.run(tpu_vm.pack(str(tmp_path / "p.tar.gz")), check=True)
+    with tarfile.open(tmp_path / "p.tar.gz") as tar:
         names = tar.getnames()
     assert {"pyproject.toml", "jraggym/launching/setup.sh", "eval/published.json", "train/dpo.py"} < {*names}
     assert not [name for name in names if "__pycache__" in name or name.startswith(("runs", "tests", "."))]
+    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
     with pytest.raises(InputError, match="Launch from a checkout"):
-        pod.pack(tmp_path / "q.tar.gz", root=tmp_path)
+        tpu_vm.pack("q.tar.gz")
 
 
 # ---------------------------------------------------------------- a worker
@@ -491,8 +533,7 @@ def test_a_command_outlives_the_connection_and_runs_once(tmp_path):
     )
     start = ("--attempt", "a", "--", *waits)
     connection = worker(tmp_path / "run", *start)
-    while starts(tmp_path) == 0:
-        time.sleep(0.02)
+    until(lambda: starts(tmp_path))
     connection.kill()
     connection.communicate()
     again = worker(tmp_path / "run", *start)
@@ -512,8 +553,7 @@ def test_a_newer_attempt_replaces_one_that_runs(tmp_path):
         f"trap 'echo saved > {tmp_path}/saved; exit 75' TERM; echo > {tmp_path}/up; while :; do sleep 0.05; done",
     )
     first = worker(tmp_path / "run", "--attempt", "a", "--", *old)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
+    until((tmp_path / "up").exists)
     second = worker(tmp_path / "run", "--attempt", "b", "--replace", "--", "bash", "-c", "echo new")
     output, _ = second.communicate()
     first.communicate()
@@ -526,7 +566,7 @@ def test_a_newer_attempt_replaces_one_that_runs(tmp_path):
 def test_a_worker_without_a_run_and_one_that_lost_it(tmp_path):
     nothing = worker(tmp_path / "run")
     assert nothing.communicate()[0] == "launch: no command was started here\n"
-    assert nothing.returncode == 69
+    assert nothing.returncode == 66
     (tmp_path / "run" / "a").mkdir()
     (tmp_path / "run" / "a" / "log").write_text("step 1\n")
     (tmp_path / "run" / "current").write_text("a")
@@ -594,7 +634,7 @@ def test_a_local_preemption_runs_the_command_again(tmp_path, told):
     saved = f"{str(tmp_path / 'saved')!r} + sys.argv[-1]"
     text = f"import os, sys\nif not os.path.exists({saved}): open({saved}, 'w').close(); sys.exit(75)"
     local.run(Local(backoff=0.02), python(text), told.append, told.append)
-    assert "preempted; restart 1 of 3" in told.text()
+    assert "; restart 1 of 3 in 0 s" in told.text()
     with pytest.raises(Preempted):
         local.run(Local(restarts=1, backoff=0.02), python("import sys; sys.exit(75)"), told.append, told.append)
 

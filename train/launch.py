@@ -44,8 +44,7 @@ def main() -> None:
                 print(shlex.join(line))
             return
         try:
-            runner = {Local: local.run, TpuVm: pod.run, Gke: gke.run}[type(target)]
-            runner(target, command, show, report)
+            run(target, command)
         except LaunchError as error:
             report(f"error: {error}")
             raise SystemExit(error.code) from error
@@ -58,6 +57,16 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """What is ours, and the command behind the first `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
+
+
+def run(target: Local | TpuVm | Gke, command: list[str]) -> None:
+    """Runs a launch to its end."""
+    if isinstance(target, Local):
+        local.run(target, command, show, report)
+    elif isinstance(target, TpuVm):
+        pod.run(target, command, show, report)
+    else:
+        gke.run(target, command, show, report)
 
 
 def planned(target: Local | TpuVm | Gke, command: list[str]) -> list[list[str]]:

@@ -6,7 +6,7 @@ Every step asks what is there before it does anything, so a launch that was ende
 from __future__ import annotations
 
 import json
-import tarfile
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from jraggym.errors import InputError
 from jraggym.launching import tpu_vm
 from jraggym.launching.checks import require
 from jraggym.launching.processes import (
+    ORPHANED,
     PREEMPTED,
     CommandFailed,
     LaunchError,
@@ -33,9 +34,8 @@ from jraggym.launching.processes import (
 )
 from jraggym.launching.tpu_vm import TpuVm
 
-ROOT = Path(__file__).resolve().parents[2]  # the checkout that is launched
-PACKED = ("pyproject.toml", "README.md", "LICENSE", "jraggym", "train", "eval", "configs")
-LOST = 255  # ssh's exit code for a broken connection
+BROKEN = 255  # ssh's exit code for a broken connection
+OF_A_WORKER = re.compile(r"execution on worker \d+ failed with exit status (\d+)")  # gcloud's line for each of several
 CONNECTIONS = 6  # attempts to connect before a healthy slice counts as unreachable
 GRACE = 90.0  # seconds that the other slices have to notice that one failed: they then end by themselves
 
@@ -48,6 +48,7 @@ REMEDIES = {  # what a message of gcloud says: what to do
     "could not be found in the zonal": "This zone has no such TPU: choose another --zone or --topology.",
     "UNAUTHENTICATED": "Run `gcloud auth login`.",
     "auth login": "Run `gcloud auth login`.",
+    "ssh-add": "Run `ssh-add ~/.ssh/google_compute_engine`: gcloud needs the key in an agent for several workers.",
 }
 
 
@@ -94,7 +95,8 @@ class Pod:
         nodes = self.acquire()
         settings = self.settings
         with tempfile.TemporaryDirectory() as there:
-            archive = str(pack(Path(there) / "project.tar.gz"))
+            archive = str(Path(there) / "project.tar.gz")
+            call(tpu_vm.pack(archive))
             self.report(f"install on {', '.join(nodes)}")
             self._on_all(nodes, lambda node: tpu_vm.upload(settings, node, archive))
         self._on_all(nodes, lambda node: tpu_vm.remote(settings, node, tpu_vm.install_line(settings)))
@@ -173,6 +175,8 @@ class Pod:
             if "NOT_FOUND" in error.output:
                 return None
             raise refused("the queue cannot be read", error) from error
+        except json.JSONDecodeError as error:
+            raise LaunchError(f"gcloud describes the request in no JSON: {error}") from error
         expected = tpu_vm.parse(self.settings.topology).accelerator_type
         found = {
             node.get("node", {}).get("acceleratorType", expected) for node in request.get("tpu", {}).get("nodeSpec", [])
@@ -212,41 +216,36 @@ class Pod:
         retrying(self._on_all_once, nodes, argv)
 
     def _on_all_once(self, nodes: Sequence[str], argv: Callable[[str], list[str]]) -> None:
-        ended = run_together({node: argv(node) for node in nodes}, self.show, grace=GRACE)
+        codes: set[int] = set()  # gcloud itself ends with the code of the first worker that failed, by number
+
+        def show(line: str) -> None:
+            codes.update(map(int, OF_A_WORKER.findall(line)))
+            self.show(line)
+
+        ended = run_together({node: argv(node) for node in nodes}, show, grace=GRACE)
         if not ended.code:
             return
-        what = f"{ended.name}: exit code {ended.code}"
-        if ended.code == PREEMPTED:
+        own = (codes or {ended.code}) - {PREEMPTED, ORPHANED, BROKEN}  # failures of a worker's own
+        what = f"{ended.name}: exit code {min(own, default=ended.code)}"
+        if not own and PREEMPTED in codes | {ended.code}:
             raise Preempted(f"{what}, preempted")
         request = self._request()
         if request is None or _state(request) == "DELETING":
             raise LaunchError(f"{what}; somebody gave the slices back", ended.code)
         if _state(request) != "ACTIVE" or {*self._node_states(nodes)} != {"READY"}:
             raise Preempted(f"{what}; the slices were taken away")
-        if ended.code == LOST:
+        if not own and ORPHANED in codes | {ended.code}:
+            raise Preempted(f"{what}; a worker is gone")
+        if not own:
             raise ConnectionLost(f"{ended.name} cannot be reached, though it is ready:\n{tail_of(ended.tail)}")
-        raise LaunchError(f"{what}. The slices are still held. The last lines:\n{tail_of(ended.tail)}", ended.code)
+        last = f"{tail_of(ended.tail)}\n{remedy_for(tail_of(ended.tail))}".rstrip()
+        raise LaunchError(f"{what}. The slices are still held. The last lines:\n{last}", min(own))
 
     def _tell(self, what: str) -> None:
         """Reports a change, and no repetition."""
         if what != self.told:
             self.report(f"{what} ({time.strftime('%H:%M:%S')})")
         self.told = what
-
-
-def pack(path: Path, root: Path = ROOT) -> Path:
-    """Writes the project's code as a tar.gz. Raises InputError when this is no checkout."""
-    if missing := [name for name in PACKED if not (root / name).exists()]:
-        remedy = "Launch from a checkout of the project, installed with `pip install -e .`."
-        raise InputError("the project's code is not here", got=f"no {missing[0]} in {root}", remedy=remedy)
-
-    def clean(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return None if "__pycache__" in entry.name else entry
-
-    with tarfile.open(path, "w:gz") as tar:
-        for name in PACKED:
-            tar.add(root / name, arcname=name, filter=clean)
-    return path
 
 
 def refused(what: str, error: CommandFailed) -> LaunchError:

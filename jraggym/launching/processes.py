@@ -18,6 +18,7 @@ from typing import IO, NamedTuple, TypeVar
 import tenacity
 
 PREEMPTED = 75  # EX_TEMPFAIL: the command saved its state and wants to be run again
+ORPHANED = 69  # EX_UNAVAILABLE: a process whose job is over because another one is gone
 TAIL = 20  # lines of a log that an error repeats
 CALLS, PAUSE = 5, 2.0  # attempts of a command that fails in a passing way; seconds before the second one, about
 PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED)\b|per minute|Connection reset|timed out")
@@ -93,24 +94,37 @@ def call(argv: Sequence[str]) -> str:
 def with_restarts(
     start: Callable[[int], Result], restarts: int, report: Report, *, backoff: float = 10.0, longest: float = 600.0
 ) -> Result:
-    """What start(0) gives; each time that it raises Preempted, start(1), start(2) ... after a growing pause, seconds.
+    """What start(0) gives; each time that it raises Preempted, start(1), start(2) ... after a pause.
 
+    The pause is `backoff` seconds and doubles, up to `longest`, as long as no start lasts longer than that.
     Raises Preempted when it happens once more than `restarts` times.
     """
+    attempts, pauses = itertools.count(), itertools.count()
+    began = time.monotonic()
+
+    def once() -> Result:
+        nonlocal began
+        began = time.monotonic()
+        return start(next(attempts))
+
+    def pause(_: tenacity.RetryCallState) -> float:
+        nonlocal pauses
+        if time.monotonic() - began > longest:
+            pauses = itertools.count()
+        return min(backoff * 2 ** next(pauses), longest)
 
     def tell(state: tenacity.RetryCallState) -> None:
-        pause = state.upcoming_sleep
-        report(f"preempted; restart {state.attempt_number} of {restarts} in {pause:.0f} s")
+        why = state.outcome.exception() if state.outcome else None
+        report(f"{why}; restart {state.attempt_number} of {restarts} in {state.upcoming_sleep:.0f} s")
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(Preempted),
         stop=tenacity.stop_after_attempt(restarts + 1),
-        wait=tenacity.wait_exponential(backoff, longest),
+        wait=pause,
         before_sleep=tell,
         reraise=True,
     )
-    attempts = itertools.count()
-    return retrying(lambda: start(next(attempts)))
+    return retrying(once)
 
 
 def run_together(

@@ -8,11 +8,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from jraggym.errors import InputError
 from jraggym.launching.checks import check_bucket, check_carried, check_counts, check_name, check_place
 from jraggym.launching.topology import Slices, parse
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout that is launched
+PACKED = ("pyproject.toml", "README.md", "LICENSE", "jraggym", "train", "eval", "configs")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,14 @@ def node_state(settings: TpuVm, node: str) -> list[str]:
     return [*_node("describe", settings, node), "--format=value(state)"]
 
 
+def pack(archive: str) -> list[str]:
+    """Packs the project's code. Raises InputError when this is no checkout."""
+    if missing := [name for name in PACKED if not (ROOT / name).exists()]:
+        remedy = "Launch from a checkout of the project, installed with `pip install -e .`."
+        raise InputError("the project's code is not here", got=f"no {missing[0]} in {ROOT}", remedy=remedy)
+    return ["tar", "-czf", archive, "--exclude=__pycache__", "-C", str(ROOT), *PACKED]
+
+
 def upload(settings: TpuVm, node: str, archive: str) -> list[str]:
     """Copies the packed project to all workers of a slice."""
     copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{node}:{folder(settings)}.tar.gz"]
@@ -151,6 +163,7 @@ def plan(settings: TpuVm, command: Sequence[str]) -> list[list[str]]:
         create(settings),
         describe(settings),
         *(node_state(settings, node) for node in nodes(settings)),
+        pack("project.tar.gz"),
         *(upload(settings, node, "project.tar.gz") for node in nodes(settings)),
         *(remote(settings, node, line) for line in lines for node in nodes(settings)),
         *([delete(settings)] if settings.delete_after else []),

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-NOTHING = 69  # EX_UNAVAILABLE: there is no command to show
+NOTHING = 66  # EX_NOINPUT: there is no command to show
 LOST = 75  # the machine restarted under the command: run it again
 PATIENCE = 120.0  # seconds between SIGTERM and SIGKILL for an attempt that a newer one takes the place of
 SHOWN = 20_000  # characters of an older log that one sees who comes later
@@ -34,7 +34,7 @@ SHOWN = 20_000  # characters of an older log that one sees who comes later
 def attend(folder: Path, attempt: str | None, command: Sequence[str], *, replace: bool = False) -> int:
     """Starts `command` unless this attempt, or another one that still runs, was started before; shows its log.
 
-    `replace` ends another attempt first. Without a command the last attempt is shown. Returns its exit code, 69 when
+    `replace` ends another attempt first. Without a command the last attempt is shown. Returns its exit code, 66 when
     there is none to show, 75 when it vanished without one.
     """
     folder.mkdir(parents=True, exist_ok=True)
