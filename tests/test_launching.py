@@ -438,7 +438,7 @@ def test_workers_that_only_miss_another_one_are_started_again(cloud, tmp_path, t
 def test_the_worker_that_failed_by_itself_decides(cloud, tmp_path, told):
     fault = [69, "\n".join([WORKERS.format(0, 69), WORKERS.format(1, 75), WORKERS.format(3, 1)]), None, "late"]
     cloud.set(faults={"ssh": [None, fault]})
-    with pytest.raises(LaunchError, match="dpo: exit code 1. The slices are still held") as error:
+    with pytest.raises(LaunchError, match=r"dpo: exit code 1. The slices are still held") as error:
         pod.run(tpu(**QUICK), script(tmp_path, "exit 0"), told.append, told.append)
     assert error.value.code == 1
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -27,24 +28,33 @@ from jraggym.launching.local import Local
 from jraggym.launching.processes import PREEMPTED, LaunchError
 from jraggym.launching.tpu_vm import TpuVm
 
-Target = (
-    Annotated[Local, tyro.conf.subcommand("local")]
-    | Annotated[TpuVm, tyro.conf.subcommand("tpu-vm")]
-    | Annotated[Gke, tyro.conf.subcommand("gke")]
-)
+Target = Local | TpuVm | Gke
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where the command is to run."""
+
+    target: (
+        Annotated[Local, tyro.conf.subcommand("local")]
+        | Annotated[TpuVm, tyro.conf.subcommand("tpu-vm")]
+        | Annotated[Gke, tyro.conf.subcommand("gke")]
+    )
+    dry_run: bool = False
+    """Print the commands of a launch that nothing disturbs, and run none."""
 
 
 def main() -> None:
     ours, command = split(sys.argv[1:])
-    dry_run = "--dry-run" in ours
+    config = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
     with exit_on_input_error():
-        target: Any = tyro.cli(Target, args=[part for part in ours if part != "--dry-run"], description=__doc__)
-        if dry_run:
-            for line in planned(target, command):
+        job = tyro.cli(Job, args=ours, description=__doc__, config=config)
+        if job.dry_run:
+            for line in planned(job.target, command):
                 print(shlex.join(line))
             return
         try:
-            run(target, command)
+            run(job.target, command)
         except LaunchError as error:
             report(f"error: {error}")
             raise SystemExit(error.code) from error
@@ -59,7 +69,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def run(target: Local | TpuVm | Gke, command: list[str]) -> None:
+def run(target: Target, command: list[str]) -> None:
     """Runs a launch to its end."""
     if isinstance(target, Local):
         local.run(target, command, show, report)
@@ -69,7 +79,7 @@ def run(target: Local | TpuVm | Gke, command: list[str]) -> None:
         gke.run(target, command, show, report)
 
 
-def planned(target: Local | TpuVm | Gke, command: list[str]) -> list[list[str]]:
+def planned(target: Target, command: list[str]) -> list[list[str]]:
     """The command lines of a launch that nothing disturbs."""
     if isinstance(target, Local):
         added = [f"{name}={value}" for name, value in local.environment(target).items()]
