@@ -306,7 +306,8 @@ def test_a_launch_from_nothing_to_the_end(cloud, tmp_path, told):
     installed = [a for _, _, a in cloud.calls("python3") if "pip" in a and "jax[tpu]" in a]
     assert (
         installed
-        == ["-m uv pip install --quiet --python jraggym-dpo/.venv/bin/python -e jraggym-dpo jax[tpu]".split()] * 2
+        == ["-m uv pip install --quiet --python jraggym-dpo/.venv/bin/python -e jraggym-dpo[offline] jax[tpu]".split()]
+        * 2
     )
 
 
@@ -332,9 +333,13 @@ def test_a_request_that_another_launch_made_meanwhile_is_shared(cloud, tmp_path,
     assert cloud.verbs()[:4] == ["describe", "create", "describe", "describe"]
 
 
-def test_slices_of_another_shape_are_not_taken(cloud, told):
-    cloud.set(request={"journey": ["ACTIVE"], "nodes": ["dpo"], "type": "v5p-8"})
-    with pytest.raises(InputError, match=r"dpo has slices that are not v5p-128; got \['v5p-8'\]"):
+@pytest.mark.parametrize(
+    ("nodes", "accelerator", "fault"),
+    [(["dpo"], "v5p-8", "got 1 x v5p-8"), (["dpo-0", "dpo-1"], "v5p-128", "got 2 x v5p-128")],
+)
+def test_slices_of_another_shape_or_number_are_not_taken(cloud, told, nodes, accelerator, fault):
+    cloud.set(request={"journey": ["ACTIVE"], "nodes": nodes, "type": accelerator})
+    with pytest.raises(InputError, match=f"dpo is not 1 x v5p-128; {fault}"):
         pod.run(tpu(**QUICK), COMMAND, told.append, told.append)
 
 

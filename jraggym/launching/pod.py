@@ -111,6 +111,7 @@ class Pod:
 
         Raises LaunchError when Google refuses, or --wait-hours are over.
         """
+        self.asked = False
         hours = self.settings.wait_hours
         waiting = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda nodes: nodes is None),
@@ -177,16 +178,18 @@ class Pod:
             raise refused("the queue cannot be read", error) from error
         except json.JSONDecodeError as error:
             raise LaunchError(f"gcloud describes the request in no JSON: {error}") from error
-        expected = tpu_vm.parse(self.settings.topology).accelerator_type
-        found = {
-            node.get("node", {}).get("acceleratorType", expected) for node in request.get("tpu", {}).get("nodeSpec", [])
-        }
-        if found - {expected}:
-            remedy = "Choose another --name, or give the other job's slices back with --do delete."
-            raise InputError(
-                f"{self.settings.name} has slices that are not {expected}", got=sorted(found), remedy=remedy
-            )
+        self._refuse_other_slices(request)
         return request
+
+    def _refuse_other_slices(self, request: dict[str, Any]) -> None:
+        """Raises InputError when the request of this name is for other slices than ours."""
+        ours, theirs = tpu_vm.parse(self.settings.topology), request.get("tpu", {}).get("nodeSpec", [])
+        types = {node.get("node", {}).get("acceleratorType", ours.accelerator_type) for node in theirs}
+        number = len(_nodes(request)) or ours.number
+        if types - {ours.accelerator_type} or number != ours.number:
+            remedy = "Choose another --name, or give the other job's slices back with --do delete."
+            what = f"{self.settings.name} is not {ours.number} x {ours.accelerator_type}"
+            raise InputError(what, got=f"{number} x {', '.join(sorted(types))}", remedy=remedy)
 
     def _node_states(self, nodes: Sequence[str]) -> list[str]:
         """The state of each slice; `GONE` for one that Google does not know."""

@@ -9,7 +9,7 @@ bucket=${2:-}
 
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet 'uv>=0.5'
 python3 -m uv venv --quiet --allow-existing --python 3.12 "$folder/.venv"
-python3 -m uv pip install --quiet --python "$folder/.venv/bin/python" -e "$folder" 'jax[tpu]'
+python3 -m uv pip install --quiet --python "$folder/.venv/bin/python" -e "$folder[offline]" 'jax[tpu]'
 
 if [[ -n $bucket ]] && ! mountpoint --quiet /bucket; then
   if ! command -v gcsfuse > /dev/null; then
