@@ -8,11 +8,23 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-TOOLS = ("gcloud", "xpk", "kubectl", "python3", "mountpoint", "gcsfuse", "sudo")
+TOOLS = ("gcloud", "xpk")
+# What setup.sh calls on a worker: installing makes a link to this Python, nothing is mounted yet. Shell, for its speed.
+ON_A_WORKER = {
+    "python3": """[ "$2 $3" = "uv venv" ] || exit 0
+for folder; do :; done
+mkdir -p "$folder/bin"
+printf '#!/bin/sh\\nexec %s "$@"\\n' "$FAKE_PYTHON" > "$folder/bin/python"
+chmod +x "$folder/bin/python"
+""",
+    "mountpoint": "exit 1\n",
+    "gcsfuse": "",
+    "sudo": "",
+    "kubectl": "",
+}
 
 
 class FakeCloud:
@@ -22,11 +34,18 @@ class FakeCloud:
         self.path = folder / "state.json"
         tools, here = folder / "bin", str(Path(__file__).parent)
         tools.mkdir()
-        for tool in TOOLS:
-            script = tools / tool
-            start = f"import sys; sys.path.insert(0, {here!r}); import fake_cloud; fake_cloud.main({tool!r})"
-            script.write_text(f"#!{sys.executable} -S\n{start}\n")
-            script.chmod(0o755)
+        self.log = folder / "tools.log"
+        scripts = {
+            **{tool: f'#!/bin/sh\necho {tool} "$*" >> {self.log}\n{line}' for tool, line in ON_A_WORKER.items()},
+            **{
+                tool: f"#!{sys.executable} -S\nimport sys; sys.path.insert(0, {here!r}); import fake_cloud\n"
+                f"fake_cloud.{tool}(sys.argv[1:])\n"
+                for tool in TOOLS
+            },
+        }
+        for tool, text in scripts.items():
+            (tools / tool).write_text(text)
+            (tools / tool).chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setenv("FAKE_CLOUD", str(self.path))
         monkeypatch.setenv("FAKE_PYTHON", sys.executable)
@@ -41,12 +60,14 @@ class FakeCloud:
     def set(self, **changes):
         self.write(self.read() | changes)
 
-    def calls(self, tool=None):
-        """The calls so far as (tool, verb, arguments)."""
-        return [call for call in self.read()["calls"] if tool in (None, call[0])]
-
     def verbs(self, tool="gcloud"):
-        return [verb for _, verb, _ in self.calls(tool)]
+        """What was asked of a tool of Google, in order."""
+        return [verb for name, verb in self.read()["calls"] if name == tool]
+
+    def on_workers(self, tool):
+        """The arguments of each call of a worker's tool, as one text."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line.removeprefix(f"{tool} ") for line in lines if line.startswith(f"{tool} ")]
 
 
 @contextlib.contextmanager
@@ -82,7 +103,7 @@ def gcloud(arguments):
     group, verb, rest = arguments[2], arguments[3], arguments[4:]
     verb = verb if group == "queued-resources" else f"node-{verb}" if verb == "describe" else verb
     with opened() as state:
-        state["calls"].append(["gcloud", verb, arguments])
+        state["calls"].append(["gcloud", verb])
         fault = faulty(state, verb)
         if fault and len(fault) > 2 and fault[2] and not fault[3:]:
             state["request"] = (state["request"] or {}) | fault[2]
@@ -96,6 +117,8 @@ def gcloud(arguments):
         (home / node).mkdir(parents=True, exist_ok=True)
         (home / node / target).write_bytes(Path(rest[0]).read_bytes())
         return None
+    import subprocess  # the other calls start quicker without it
+
     done = subprocess.run(
         ["bash", "-c", flag(rest, "command")], cwd=home / rest[0], env={**os.environ, "HOME": str(home / rest[0])}
     )
@@ -140,7 +163,7 @@ def xpk(arguments):
     verb, rest = arguments[1], arguments[2:]
     verb = "wait" if flag(rest, "wait-for-job-completion") else verb
     with opened() as state:
-        state["calls"].append(["xpk", verb, arguments])
+        state["calls"].append(["xpk", verb])
         if fault := faulty(state, verb):
             fail(*fault[:2])
         workload = state["workload"]
@@ -157,20 +180,3 @@ def xpk(arguments):
         elif verb == "wait":
             print("[XPK] Waiting for the workload")
             raise SystemExit(125 if workload["status"] == "FAILED" else 0)
-
-
-def on_a_vm(tool, arguments):
-    """What setup.sh calls: installing makes a link to this Python; there is nothing to mount."""
-    with opened() as state:
-        state["calls"].append([tool, arguments[0] if arguments else "", arguments])
-    if tool == "python3" and arguments[:3] == ["-m", "uv", "venv"]:
-        python = Path(arguments[-1]) / "bin" / "python"
-        python.parent.mkdir(parents=True, exist_ok=True)
-        python.write_text(f'#!/bin/sh\nexec {os.environ["FAKE_PYTHON"]} "$@"\n')
-        python.chmod(0o755)
-    return 1 if tool == "mountpoint" else 0
-
-
-def main(tool):
-    known = {"gcloud": gcloud, "xpk": xpk}
-    raise SystemExit(known[tool](sys.argv[1:]) if tool in known else on_a_vm(tool, sys.argv[1:]))
