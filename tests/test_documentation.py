@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-LINES = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines() if line.strip()]
+SHELL = [block.replace("\\\n", " ") for language, block in BLOCKS if language == "sh"]
+LINES = [line for block in SHELL for line in block.splitlines() if line.strip()]
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
 MAIN = SETUP + ". && python -m train.quickstart --out runs/quickstart"
 TEST = SETUP + "'.[test,offline]' && pytest"
@@ -22,7 +23,7 @@ TEST = SETUP + "'.[test,offline]' && pytest"
 def our_commands():
     """(file, words) of each command in the README that runs a file of ours."""
     found = []
-    for command in re.split(r"\s+&&\s+", " && ".join(LINES)):
+    for command in re.split(r"\s+(?:&&|--)\s+", " && ".join(LINES)):  # what follows a bare -- is a command, too
         words = shlex.split(command)
         if words[:2] == ["python", "-m"]:
             found.append((words[2].replace(".", "/") + ".py", words))
@@ -79,6 +80,7 @@ SHOWN = [  # the entries whose flags the text names
     (("train/export.py",), ()),
     (("train/transcripts.py",), ("search-r1-ppo",)),
     (("train/evidence.py",), ()),
+    (("train/launch.py",), ("tpu-vm",)),
     *(((f"train/{name}.py",), ("synthhop",)) for name in ("sft", "critic", "grpo")),
 ]
 

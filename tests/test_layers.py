@@ -39,6 +39,7 @@ ROWS = {
     "jraggym.chats*": 1,
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
     **dict.fromkeys(("jraggym.agent_episodes", "jraggym.agent_records", "jraggym.episode_log", "jraggym.ask"), 3),
+    "jraggym.launching*": 1,
     "jraggym.evidence.training": 3,  # built on the episodes of row 2
     "jraggym.evidence*": 2,
     "jraggym.sources*": 3,
@@ -145,6 +146,7 @@ SIBLINGS = [
     ("jraggym.models.families", "jraggym.models.config_values"),
     ("jraggym.models.decoder", "jraggym.models.attention"),
     ("jraggym.models.likelihood", "jraggym.models.attention"),
+    ("jraggym.launching.*", "jraggym.launching.*"),
     ("jraggym.evidence.episodes", "jraggym.evidence.proposals"),
     ("jraggym.models.bert_critic", "jraggym.models.bert"),
     ("jraggym.models.bert_critic", "jraggym.models.bert_encoder"),
