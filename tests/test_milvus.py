@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from bert_sample import write_bert
 from toy_world import toy_codec, toy_examples, toy_retriever
 
 pymilvus = pytest.importorskip("pymilvus", reason="needs pip install 'jraggym[milvus]'")
@@ -175,6 +174,8 @@ def test_a_rollout_on_milvus_is_one_on_our_index(place):
 
 
 def test_an_evaluation_searches_its_preset_on_milvus(place, tmp_path):
+    from bert_sample import write_bert  # here: torch takes long to import, and a test below starts another process
+
     folder = write_bert(tmp_path / "bert")
     qa = Qa(Local("no folder"), tmp_path, benchmark="hotpotqa", retriever="milvus", milvus=place, encoder=folder)
     small = Corpus.from_documents(DOCUMENTS[:60])
