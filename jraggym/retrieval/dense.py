@@ -21,7 +21,7 @@ LEAVES_SEARCHED = 0.5  # fraction; top 32 of 11,863 MiniLM paragraphs: .2 agrees
 REORDER, LEAST_REORDER = 4, 128  # candidates that are scored exactly: a multiple of k, and at least so many
 _MEASURE = {"cosine": "dot_product", "dot": "dot_product", "euclidean": "squared_l2"}
 _DEFAULT_K = 32  # ScaNN wants one at build time; every search gives its own
-_GATHERED = 1 << 20  # numbers of candidates' vectors in memory at a time
+_GATHERED = 1 << 18  # numbers of candidates' vectors at a time; the system maps up to 64 KB for each vector
 
 
 class DenseIndex:

@@ -33,7 +33,8 @@ def peak():
     return memory("VmHWM")
 
 folder, chunk = sys.argv[1], int(sys.argv[2])
-dense.CHUNK = chunk or dense.CHUNK
+if chunk:
+    dense.CHUNK, dense.TREE_FROM = chunk, chunk // 2
 queries = np.load(f"{folder}/queries.npy")
 before, start = peak(), time.perf_counter()
 index = dense.DenseIndex(np.load(f"{folder}/vectors.npy", mmap_mode="r"))
