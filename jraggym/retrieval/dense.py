@@ -1,7 +1,7 @@
 """Nearest neighbours over ScaNN (Guo et al., ICML 2020), without TensorFlow, in less memory than the vectors take.
 
 ScaNN holds codes of D / 4 bytes a vector, which say who the best may be; those few are then compared by their vectors,
-which stay where they lie. Of a memory-mapped file only what a search touches is read, and given back after it.
+which stay where they lie. Of a memory-mapped file a search reads the rows of its candidates and no more.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
+import weakref
 
 import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
@@ -21,7 +23,6 @@ LEAVES_SEARCHED = 0.5  # fraction; top 32 of 11,863 MiniLM paragraphs: .2 agrees
 REORDER, LEAST_REORDER = 4, 128  # candidates that are scored exactly: a multiple of k, and at least so many
 _MEASURE = {"cosine": "dot_product", "dot": "dot_product", "euclidean": "squared_l2"}
 _DEFAULT_K = 32  # ScaNN wants one at build time; every search gives its own
-_GATHERED = 1 << 18  # numbers of candidates' vectors at a time; the system maps up to 64 KB for each vector
 
 
 class DenseIndex:
@@ -39,7 +40,7 @@ class DenseIndex:
         """
         if similarity not in _MEASURE:
             raise InputError("unknown similarity", got=repr(similarity), remedy=f"Known: {', '.join(_MEASURE)}.")
-        self._map = getattr(vectors, "_mmap", None) if getattr(vectors, "mode", "") == "r" else None
+        self._file = _File(vectors) if _File.holds(vectors) else None
         self._vectors = vectors = np.ascontiguousarray(vectors, np.float32)  # no copy of what is f32 and in order
         if vectors.ndim != 2 or not vectors.size:
             raise InputError("an index needs vectors [n, D]", got=vectors.shape, remedy="Give at least one vector.")
@@ -53,7 +54,8 @@ class DenseIndex:
                 got = f"nan or inf in row {start} to {stop}"
                 raise InputError("the vectors to index are not all finite", got=got, remedy="Check the encoder.")
             self._trees.append((start, _build(part, _MEASURE[similarity])))
-            self._forget()
+            if self._file is not None:
+                self._file.forget()
 
     def search(self, vectors: np.ndarray, k: int) -> np.ndarray:
         """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first; calls no jax.
@@ -95,23 +97,40 @@ class DenseIndex:
         return every, scored
 
     def _distances(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Exact distances f32 [Q, C] of the candidates, few queries at a time."""
+        """Exact distances f32 [Q, C] of the candidates, a query at a time."""
         distances = np.full(positions.shape, np.inf, np.float32)
-        step = max(1, _GATHERED // (positions.shape[1] * queries.shape[1]))
-        for i in range(0, len(queries), step):
-            at, block = slice(i, i + step), self._vectors[positions[i : i + step]]  # [q, C, D]
-            if self._euclidean:
-                distances[at] = np.square(block - queries[at, None]).sum(axis=-1)
-            else:
-                distances[at] = -np.einsum("qcd,qd->qc", block, queries[at])
-            self._forget()
+        for row, query, at in zip(distances, queries, positions, strict=True):
+            candidates = self._vectors[at] if self._file is None else self._file.rows(at)  # [C, D]
+            row[:] = np.square(candidates - query).sum(axis=1) if self._euclidean else -(candidates @ query)
         distances[positions < 0] = np.inf
         return distances
 
-    def _forget(self) -> None:
-        """Gives the pages of a mapped file back to the system, which reads them again when they are touched."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+
+class _File:
+    """The file of memory-mapped vectors f32 [n, D], read by rows: around a touched page the system maps megabytes."""
+
+    def __init__(self, vectors: np.memmap):
+        self._map, self._first, self._shape = vectors.base, vectors.offset, vectors.shape
+        self._number = os.open(str(vectors.filename), os.O_RDONLY)
+        weakref.finalize(self, os.close, self._number)
+
+    @staticmethod
+    def holds(vectors: np.ndarray) -> bool:
+        """Whether these are all vectors of a file that is only read, on a system that can read rows of it."""
+        able = hasattr(os, "pread") and hasattr(mmap, "MADV_DONTNEED")
+        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap) and vectors.mode == "r"
+        return able and whole and vectors.dtype == np.float32 and vectors.flags.c_contiguous
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The vectors f32 [C, D] at these positions; the last one for -1."""
+        n, dim = self._shape
+        places = [self._first + 4 * dim * int(position % n) for position in positions]
+        found = b"".join(os.pread(self._number, 4 * dim, place) for place in places)
+        return np.frombuffer(found, np.float32).reshape(len(positions), dim)
+
+    def forget(self) -> None:
+        """Gives the mapped pages back to the system, which reads them again when they are touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _build(vectors: np.ndarray, measure: str) -> scann_ops_pybind.ScannSearcher:
