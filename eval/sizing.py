@@ -135,7 +135,40 @@ class Way:
     disk: Callable[[Shape], float]
     least: Callable[[Shape], int] = lambda shape: 1
 
-    def table(config: Config) -> str:
+    def hosts(self, shape: Shape, ram: float) -> int:
+        """How many hosts of `ram` GB it takes."""
+        return max(self.least(shape), math.ceil(self.memory(shape) / (USABLE * ram * 1e9)))
+
+
+WAYS = {
+    "this process: BM25 and ScaNN": Way(
+        lambda shape: corpus_in_memory(shape) + bm25(shape) + codes(shape) + building(shape),
+        lambda shape: texts_on_disk(shape) + vectors(shape),
+        lambda shape: math.ceil(shape.passages * shape.distinct / 2**31),  # bm25s counts its postings in int32
+    ),
+    "Milvus FLAT*": Way(_in_milvus(vectors), _in_milvus(vectors)),
+    "Milvus HNSW*": Way(_in_milvus(hnsw), _in_milvus(lambda shape: vectors(shape) + hnsw(shape))),
+    "Milvus SCANN*": Way(_in_milvus(scann), _in_milvus(lambda shape: vectors(shape) + scann(shape))),
+    "Milvus DISKANN*": Way(
+        _in_milvus(diskann_in_memory),
+        _in_milvus(lambda shape: vectors(shape) + diskann_on_disk(shape)),
+    ),
+}
+
+PARTS: dict[str, Callable[[Shape], float]] = {
+    "texts, jsonl": texts_on_disk,
+    "texts, in a Python process": corpus_in_memory,
+    "vectors, f32": vectors,
+    "vectors, bf16": lambda shape: vectors(shape, 2),
+    "ScaNN codes": codes,
+    "BM25 index": bm25,
+    "Milvus SCANN": scann,
+    "Milvus DISKANN, in memory*": diskann_in_memory,
+    "Milvus DISKANN, on disk*": diskann_on_disk,
+}
+
+
+def table(config: Config) -> str:
     """Both tables in Markdown: the parts in GB, and the ways with memory, disk and hosts."""
     shapes = [like_wikipedia(passages, config.words, config.dim) for passages in config.passages]
     names = [f"{shape.passages / 1e6:,.0f} M passages" for shape in shapes]
