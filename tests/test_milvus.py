@@ -173,6 +173,7 @@ def test_a_rollout_on_milvus_is_one_on_our_index(place):
     assert any(turn.documents for final in runs[0] for turn in final.turns)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_an_evaluation_searches_its_preset_on_milvus(place, tmp_path):
     from bert_sample import write_bert  # here: torch takes long to import, and a test below starts another process
 

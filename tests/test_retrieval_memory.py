@@ -18,8 +18,7 @@ def test_vectors_of_a_file_are_searched_in_less_memory_than_they_take(tmp_path):
     """153.6 MB of vectors on disk; trees of few vectors, so that building them is quick and takes little."""
     config = Config(documents=100_000, dim=384, queries=64, chunk=5_000)
     found, size = measure(tmp_path, config), 4 * 100_000 * 384
-    assert found["searching"] < 0.75 * size  # at the most, from the imports to the last search
-    assert found["held"] < 0.5 * size
+    assert found["searching"] < 0.6 * size  # at the most, from the imports to the last search
     assert found["recall"] >= 0.9
 
 

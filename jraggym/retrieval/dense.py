@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import weakref
+from typing import Any
 
 import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
@@ -109,7 +110,7 @@ class DenseIndex:
 class _File:
     """The file of memory-mapped vectors f32 [n, D], read by rows: around a touched page the system maps megabytes."""
 
-    def __init__(self, vectors: np.memmap):
+    def __init__(self, vectors: Any):
         self._map, self._first, self._shape = vectors.base, vectors.offset, vectors.shape
         self._number = os.open(str(vectors.filename), os.O_RDONLY)
         weakref.finalize(self, os.close, self._number)
