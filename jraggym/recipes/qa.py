@@ -22,10 +22,11 @@ from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
 from jraggym.evaluation import answer_scores
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
+from jraggym.retrieval.base import QueryRetriever
 from jraggym.retrieval.corpus import Corpus
 from jraggym.retrieval.hybrid import HybridRetriever
-from jraggym.retrieval.presets import preset_of, preset_retriever
-from jraggym.retrieval.vectors import stored_vectors
+from jraggym.retrieval.milvus_collection import PACE, Milvus
+from jraggym.retrieval.presets import fused, preset_of, preset_retriever
 from jraggym.scripted import Lookup
 
 _PATHS = ("data_dir", "corpus", "encoder", "encoder_documents")
@@ -59,8 +60,11 @@ class Qa:
     """jsonl of what is searched; without it, the paragraphs that the questions bring."""
     limit: int | None = None
     """Only the first so many questions."""
-    retriever: Literal["bm25", "minilm", "preset"] = "bm25"
-    """BM25 alone; fused with MiniLM; or the paper's retriever of this benchmark, whose weights are --encoder."""
+    retriever: Literal["bm25", "minilm", "preset", "milvus"] = "bm25"
+    """BM25 alone; fused with MiniLM; the paper's retriever of this benchmark, whose weights are --encoder; or one of
+    these two on a Milvus server."""
+    milvus: Milvus = field(default_factory=Milvus)
+    """The collection that milvus searches; without a corpus it is taken as it is."""
     encoder: Path | None = None
     """Folder of the preset's encoder."""
     encoder_documents: Path | None = None
@@ -73,6 +77,8 @@ def deciding(qa: Qa) -> dict[str, Any]:
     """The settings that decide what an evaluation finds, as JSON values."""
     found = {**dataclasses.asdict(qa), "chat": settings_of(qa.chat)}
     found["rules"] = {name: value for name, value in found["rules"].items() if name not in ("timeout", "slots")}
+    milvus = {name: value for name, value in found.pop("milvus").items() if name not in PACE}
+    found |= {"milvus": milvus} if qa.retriever == "milvus" else {}
     return {name: value for name, value in found.items() if name != "out"}
 
 
@@ -84,7 +90,8 @@ def evaluated(out: Path) -> Qa:
             raise ValueError("another job")
         chat, rules = Local(found.pop("chat")["model"]), AgentRules(**found.pop("rules"))
         paths = {name: found[name] and Path(found[name]) for name in _PATHS}
-        return Qa(chat, out, rules=rules, **{**found, **paths})
+        milvus = Milvus(**found.pop("milvus", {}))
+        return Qa(chat, out, rules=rules, milvus=milvus, **{**found, **paths})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{out} holds no evaluation", got=error, remedy="Name a folder of eval.qa.") from error
 
@@ -118,26 +125,26 @@ def open_questions(qa: Qa) -> QuestionSet:
         found = found._replace(examples=found.examples[: qa.limit])
     if not found.examples:
         raise InputError("no question to ask", got=f"{qa.benchmark} {qa.split}", remedy="Name another split.")
-    if not len(found.corpus) and qa.agent not in ("direct", "cot"):
+    if not len(found.corpus) and qa.agent not in ("direct", "cot") and qa.retriever != "milvus":
         raise InputError(f"{qa.benchmark} brings no paragraphs", got="no --corpus", remedy="Add --corpus FILE.")
     return found
 
 
 def open_retriever(qa: Qa, corpus: Corpus, out: Path) -> Lookup:
     """From queries to `qa.documents` documents each; vectors are kept in `out`. Raises InputError as its parts do."""
-    if not len(corpus):
+    milvus = qa.milvus if qa.retriever == "milvus" else None
+    found: QueryRetriever
+    if not len(corpus) and (milvus is None or qa.agent in ("direct", "cot")):
         return lambda queries: [()] * len(queries)
-    if qa.retriever == "preset":
+    if qa.retriever == "bm25":
+        found = HybridRetriever(corpus)
+    elif qa.retriever == "preset" or (milvus and qa.encoder):
         if qa.encoder is None:
             raise InputError("the preset's encoder is missing", got="no --encoder", remedy="Add --encoder FOLDER.")
-        preset = preset_of(qa.benchmark)
-        found = preset_retriever(preset, corpus, qa.encoder, qa.encoder_documents, vectors=out / "vectors")
-    elif qa.retriever == "minilm":
-        encoder = BertEncoder.load(minilm_path())
-        vectors = stored_vectors(out / "vectors", encoder.document, corpus.documents)
-        found = HybridRetriever(corpus, encoder, depth=100, vectors=vectors)
+        folders = (qa.encoder, qa.encoder_documents)
+        found = preset_retriever(preset_of(qa.benchmark), corpus, *folders, vectors=out / "vectors", milvus=milvus)
     else:
-        found = HybridRetriever(corpus)
+        found = fused(BertEncoder.load(minilm_path()), corpus, vectors=out / "vectors", milvus=milvus)
     return even_batches(lambda queries: found(queries, qa.documents))
 
 

@@ -1,8 +1,17 @@
-"""Nearest neighbours over ScaNN (Guo et al., ICML 2020), without TensorFlow."""
+"""Nearest neighbours over ScaNN (Guo et al., ICML 2020), without TensorFlow, in less memory than the vectors take.
+
+ScaNN holds codes of D / 4 bytes a vector, which say who the best may be; those few are then compared by their vectors,
+which stay where they lie. Of a memory-mapped file a search reads the rows of its candidates and no more.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+import mmap
+import os
+import weakref
+from typing import Any
 
 import numpy as np
 from scann.scann_ops.py import scann_ops_pybind
@@ -10,18 +19,18 @@ from scann.scann_ops.py import scann_ops_pybind
 from jraggym.errors import InputError
 
 TREE_FROM = 10_000  # documents; below, an exact search is as fast as a tree
+CHUNK = 1 << 16  # vectors of one tree, at most: what is in memory as f32 while it is built
 LEAVES_SEARCHED = 0.5  # fraction; top 32 of 11,863 MiniLM paragraphs: .2 agrees about .93, .3 .96, .5 .99
 REORDER, LEAST_REORDER = 4, 128  # candidates that are scored exactly: a multiple of k, and at least so many
 _MEASURE = {"cosine": "dot_product", "dot": "dot_product", "euclidean": "squared_l2"}
-_CHECKED = 1 << 16  # rows that are checked at a time
 _DEFAULT_K = 32  # ScaNN wants one at build time; every search gives its own
 
 
 class DenseIndex:
-    """Ranks n vectors by their similarity to a query: exact below `TREE_FROM`, else tree and hashing."""
+    """Ranks n vectors by their similarity to a query: exact below `TREE_FROM`, else trees and hashing."""
 
     def __init__(self, vectors: np.ndarray, similarity: str = "dot"):
-        """Indexes f32 [n, D]; a memory-mapped array is read as it lies on disk, and only the index is in memory.
+        """Indexes f32 [n, D], which from `TREE_FROM` on must stay as they are: candidates are compared by them.
 
         Args:
           similarity: "dot", the same as "cosine" for vectors of unit length, or "euclidean".
@@ -32,13 +41,22 @@ class DenseIndex:
         """
         if similarity not in _MEASURE:
             raise InputError("unknown similarity", got=repr(similarity), remedy=f"Known: {', '.join(_MEASURE)}.")
-        vectors = np.ascontiguousarray(vectors, np.float32)  # no copy of what is f32 and in order
+        self._file = _File(vectors) if _File.holds(vectors) else None
+        self._vectors = vectors = np.ascontiguousarray(vectors, np.float32)  # no copy of what is f32 and in order
         if vectors.ndim != 2 or not vectors.size:
             raise InputError("an index needs vectors [n, D]", got=vectors.shape, remedy="Give at least one vector.")
-        if not all(np.isfinite(vectors[i : i + _CHECKED]).all() for i in range(0, len(vectors), _CHECKED)):
-            raise InputError("the vectors to index are not all finite", got="nan or inf", remedy="Check the encoder.")
-        self._shape, self._sign = vectors.shape, 1 if similarity == "euclidean" else -1
-        self._searcher = _build(vectors, _MEASURE[similarity])
+        self._euclidean = similarity == "euclidean"
+        trees = math.ceil(len(vectors) / CHUNK)
+        bounds = [len(vectors) * tree // trees for tree in range(trees + 1)]  # none much smaller than the others
+        self._trees: list[tuple[int, scann_ops_pybind.ScannSearcher]] = []
+        for start, stop in itertools.pairwise(bounds):
+            part = vectors[start:stop]
+            if not np.isfinite(part).all():
+                got = f"nan or inf in row {start} to {stop}"
+                raise InputError("the vectors to index are not all finite", got=got, remedy="Check the encoder.")
+            self._trees.append((start, _build(part, _MEASURE[similarity])))
+            if self._file is not None:
+                self._file.forget()
 
     def search(self, vectors: np.ndarray, k: int) -> np.ndarray:
         """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first; calls no jax.
@@ -49,19 +67,71 @@ class DenseIndex:
           InputError: when the queries are not [Q, D] with the D of the index.
         """
         queries = np.ascontiguousarray(vectors, np.float32)
-        n, dim = self._shape
+        n, dim = self._vectors.shape
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise InputError(f"queries must be [Q, {dim}]", got=queries.shape, remedy="Use the encoder of the index.")
         found = np.full((len(queries), k), -1, np.int32)
         rows = np.flatnonzero(queries.any(axis=1))
         if len(rows):
             depth = min(k, n)
-            candidates = min(max(REORDER * depth, LEAST_REORDER), n)
-            positions, scores = self._searcher.search_batched(
-                queries[rows], final_num_neighbors=depth, pre_reorder_num_neighbors=candidates
+            exact = n < TREE_FROM
+            positions, distances = self._candidates(
+                queries[rows], depth if exact else min(max(REORDER * depth, LEAST_REORDER), n)
             )
-            found[rows, :depth] = _ordered(positions, self._sign * scores)
+            if not exact:
+                distances = self._distances(queries[rows], positions)
+            found[rows, :depth] = _ordered(positions, distances)[:, :depth]
         return found
+
+    def _candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions int64 [Q, count], -1 where ScaNN could not fill a place, and their distances by codes."""
+        positions, distances = [], []
+        for start, tree in self._trees:
+            found, scores = tree.search_batched(queries, final_num_neighbors=min(count, tree.size()))
+            there = np.isfinite(scores)
+            positions.append(np.where(there, found.astype(np.int64) + start, -1))
+            distances.append(np.where(there, scores if self._euclidean else -scores, np.inf))
+        every, scored = np.concatenate(positions, axis=1), np.concatenate(distances, axis=1)
+        if every.shape[1] > count:
+            best = np.argpartition(scored, count - 1, axis=1)[:, :count]
+            every, scored = np.take_along_axis(every, best, axis=1), np.take_along_axis(scored, best, axis=1)
+        return every, scored
+
+    def _distances(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Exact distances f32 [Q, C] of the candidates, a query at a time."""
+        distances = np.full(positions.shape, np.inf, np.float32)
+        for row, query, at in zip(distances, queries, positions, strict=True):
+            candidates = self._vectors[at] if self._file is None else self._file.rows(at)  # [C, D]
+            row[:] = np.square(candidates - query).sum(axis=1) if self._euclidean else -(candidates @ query)
+        distances[positions < 0] = np.inf
+        return distances
+
+
+class _File:
+    """The file of memory-mapped vectors f32 [n, D], read by rows: around a touched page the system maps megabytes."""
+
+    def __init__(self, vectors: Any):
+        self._map, self._first, self._shape = vectors.base, vectors.offset, vectors.shape
+        self._number = os.open(str(vectors.filename), os.O_RDONLY)
+        weakref.finalize(self, os.close, self._number)
+
+    @staticmethod
+    def holds(vectors: np.ndarray) -> bool:
+        """Whether these are all vectors of a file that is only read, on a system that can read rows of it."""
+        able = hasattr(os, "pread") and hasattr(mmap, "MADV_DONTNEED")
+        whole = isinstance(vectors, np.memmap) and isinstance(vectors.base, mmap.mmap) and vectors.mode == "r"
+        return able and whole and vectors.dtype == np.float32 and vectors.flags.c_contiguous
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The vectors f32 [C, D] at these positions; the last one for -1."""
+        n, dim = self._shape
+        places = [self._first + 4 * dim * int(position % n) for position in positions]
+        found = b"".join(os.pread(self._number, 4 * dim, place) for place in places)
+        return np.frombuffer(found, np.float32).reshape(len(positions), dim)
+
+    def forget(self) -> None:
+        """Gives the mapped pages back to the system, which reads them again when they are touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _build(vectors: np.ndarray, measure: str) -> scann_ops_pybind.ScannSearcher:
@@ -70,16 +140,11 @@ def _build(vectors: np.ndarray, measure: str) -> scann_ops_pybind.ScannSearcher:
     if n < TREE_FROM:
         return builder.score_brute_force().build()
     leaves = math.isqrt(n)
-    searched, sample = math.ceil(LEAVES_SEARCHED * leaves), min(n, 250_000)
     # k-means++ and one thread give the same tree in every process; the default start is drawn anew in each.
-    builder = builder.tree(leaves, searched, training_sample_size=sample, random_init=False)
-    builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(LEAST_REORDER)
-    return builder.set_n_training_threads(1).build()
+    builder = builder.tree(leaves, math.ceil(LEAVES_SEARCHED * leaves), training_sample_size=n, random_init=False)
+    return builder.score_ah(2, anisotropic_quantization_threshold=0.2).set_n_training_threads(1).build()
 
 
 def _ordered(positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """Sorts each row by distance, then by position; ScaNN marks a place that it could not fill by nan."""
-    empty = ~np.isfinite(distances)
-    positions = np.where(empty, -1, positions.astype(np.int64))
-    distances = np.where(empty, np.inf, distances)
+    """Sorts each row by distance, then by position."""
     return np.take_along_axis(positions, np.lexsort((positions, distances), axis=-1), axis=-1)

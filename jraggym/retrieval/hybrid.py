@@ -1,21 +1,14 @@
-"""The retriever of the environment: BM25, dense vectors, or both fused, over one corpus.
-
-A rollout calls it in three parts: `tokenize` in a host callback, `encode` on the device, `search` in the
-next host callback. From Python, call the object itself. Letters: Q queries, T tokens, D vector width.
-"""
+"""The retriever of the environment: BM25, dense vectors, or both fused, over one corpus in this process."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jraggym.errors import InputError
+from jraggym.retrieval.base import QueryRetriever
 from jraggym.retrieval.bm25 import Bm25Index
 from jraggym.retrieval.corpus import Corpus
 from jraggym.retrieval.dense import DenseIndex
@@ -24,7 +17,7 @@ from jraggym.retrieval.fusion import reciprocal_rank_fusion
 from jraggym.types import Document
 
 
-class HybridRetriever:
+class HybridRetriever(QueryRetriever):
     """Finds the k best documents per query by BM25 (no encoder), by vectors (`lexical=False`), or by both.
 
     With both, the `depth` best of either ranking are merged by reciprocal rank fusion with `constant`.
@@ -56,58 +49,16 @@ class HybridRetriever:
             raise InputError("k and depth must be positive", got=f"k={k}, depth={depth}", remedy="Use 1 or more.")
         if vectors is not None and len(vectors) != len(corpus):
             raise InputError("one vector per document is needed", got=len(vectors), remedy=f"Give {len(corpus)}.")
-        self.corpus, self.encoder, self.k, self.depth, self._constant = corpus, encoder, k, depth, constant
+        super().__init__(encoder, k)
+        self.corpus, self.depth, self._constant = corpus, depth, constant
         self._bm25 = Bm25Index(corpus.texts()) if lexical else None
         self._dense = None
         if encoder is not None:
             vectors = embed(encoder.document, corpus.documents) if vectors is None else vectors
             self._dense = DenseIndex(vectors, encoder.similarity)
-        self._jitted = jax.jit(self.encode)
 
-    @property
-    def params(self) -> Any:
-        """The weights of the encoder's query tower, an empty tuple without one."""
-        return () if self.encoder is None else self.encoder.query.params
-
-    @property
-    def dim(self) -> int:
-        """D, 0 without an encoder."""
-        return 0 if self.encoder is None else self.encoder.query.dim
-
-    @property
-    def query_tokens(self) -> int:
-        """T, 0 without an encoder."""
-        return 0 if self.encoder is None else self.encoder.query.max_tokens
-
-    def tokenize(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Gives ids int32 [Q, T] and mask bool [Q, T]; calls no jax."""
-        if self.encoder is None:
-            return np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), bool)
-        return self.encoder.query.tokenize(queries)
-
-    def encode(self, params: Any, ids: Array, mask: Array) -> Array:
-        """Gives query vectors f32 [Q, D]; pure jax."""
-        if self.encoder is None:
-            return jnp.zeros((ids.shape[0], 0), jnp.float32)
-        return self.encoder.query.apply(params, ids, mask)
-
-    def search(self, queries: Sequence[str], vectors: np.ndarray, k: int | None = None) -> list[tuple[Document, ...]]:
-        """Gives the k best documents per query, best first, fewer where fewer match; calls no jax.
-
-        A repeated query is searched once, and a blank one, such as an unused slot of a batch, finds nothing.
-
-        Args:
-          vectors: f32 [Q, D] from `encode`.
-        """
-        first: dict[str, int] = {}
-        for row, query in enumerate(queries):
-            if query.strip():
-                first.setdefault(query, row)
-        positions = self._rank(list(first), np.asarray(vectors)[list(first.values())], k or self.k)
-        found = {
-            query: tuple(self.corpus[p] for p in row if p >= 0) for query, row in zip(first, positions, strict=True)
-        }
-        return [found.get(query, ()) for query in queries]
+    def _find(self, queries: list[str], vectors: np.ndarray, k: int) -> list[tuple[Document, ...]]:
+        return [tuple(self.corpus[p] for p in row if p >= 0) for row in self._rank(queries, vectors, k)]
 
     def _rank(self, queries: list[str], vectors: np.ndarray, k: int) -> np.ndarray:
         """Corpus positions int32 [Q, k]."""
@@ -119,10 +70,6 @@ class HybridRetriever:
         depth = max(self.depth, k)
         rankings = [self._bm25.search(queries, depth), self._dense.search(vectors, depth)]
         return reciprocal_rank_fusion(rankings, k, self._constant)
-
-    def __call__(self, queries: Sequence[str], k: int | None = None) -> list[tuple[Document, ...]]:
-        """Goes the whole way from texts to documents; compiles once per number of queries."""
-        return self.search(queries, np.asarray(self._jitted(self.params, *self.tokenize(queries))), k)
 
 
 class BrokenRetriever:
