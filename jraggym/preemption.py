@@ -68,12 +68,14 @@ def _listening() -> Iterator[None]:
     caught = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
     before = {number: signal.signal(number, lambda *_: _asked.set()) for number in caught}
     fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
+    listener = threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True)
+    listener.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(fd)
-        os.close(writing)  # which ends the thread
+        os.close(writing)  # which ends the listener
+        listener.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 

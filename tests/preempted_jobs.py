@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from jraggym.text.batching import Row
 from jraggym.training import Optimization, Run, fit
 
 STEPS, EVERY, PAUSE = 24, 4, 0.01
-OPTIMIZATION = Optimization(STEPS, rate=1e-2, warmup=3)
+OPTIMIZATION = Optimization(STEPS, matrix_rate=0.0, rate=1e-2, warmup=3)
 LORA = Lora(rank=2, dropout=0.1)
 ROWS, K, P, A = 2, 3, 6, 4
 
@@ -54,19 +55,19 @@ class Batches:
 class Host:
     """A rollout that lasts some calls."""
 
-    def turn(self, step: int, rows: np.ndarray, total: np.ndarray) -> np.ndarray:
+    def turn(self, step: int, rows: np.ndarray, total: np.ndarray) -> tuple[np.ndarray]:
         tell("call")
-        return total + 0.5
+        return (total + 0.5,)
 
 
-CALLS = HostCalls(lambda name, b: jax.ShapeDtypeStruct((b,), np.float32))
+CALLS = HostCalls(lambda name, b: (jax.ShapeDtypeStruct((b,), np.float32),))
 
 
 @jax.jit
 def play(embed: jax.Array) -> jax.Array:
     rows = jnp.arange(1, dtype=jnp.int32)
     start = embed.sum()[None]
-    return jax.lax.fori_loop(0, 3, lambda step, total: CALLS("turn", jnp.int32(step), rows, total), start)
+    return jax.lax.fori_loop(0, 3, lambda step, total: CALLS("turn", jnp.int32(step), rows, total)[0], start)
 
 
 def gather(policy: Any, iteration: int) -> Gathered:
@@ -87,8 +88,8 @@ def gather(policy: Any, iteration: int) -> Gathered:
     return Gathered(rows, K * A * ROWS, {"shift": shift})
 
 
-def offline(objective: Any, weights: Any, out: Path, report: Any) -> Any:
-    run = Run(objective, OPTIMIZATION, Batches(), random_decoder(seed=1))
+def offline(objective: Any, weights: Any, out: Path, report: Any, matrix_rate: float = 0.0) -> Any:
+    run = Run(objective, replace(OPTIMIZATION, matrix_rate=matrix_rate), Batches(), random_decoder(seed=1))
     return fit(run, weights, Checkpointer(out / "saved"), every=EVERY, report=report)
 
 
@@ -103,9 +104,9 @@ def online(algorithm: Any, out: Path, report: Any) -> Any:
 def work(kind: str, out: Path, report: Any) -> Any:
     """All that the job trains."""
     net, adapted = steps.Network(TIED), steps.Network(TIED, LORA)
-    loss = PolicyLoss(kl_weight=0.01, entropy_weight=0.01)
+    loss = PolicyLoss(kl_weight=0.01)
     jobs = {
-        "sft": lambda: offline(steps.sft(net), random_decoder(), out, report),
+        "sft": lambda: offline(steps.sft(net), random_decoder(), out, report, 2e-2),  # with Muon
         "dpo": lambda: offline(steps.dpo(net, nll=1.0), random_decoder(), out, report),
         "critic": lambda: offline(steps.critic(net), random_critic(), out, report),
         "lora": lambda: offline(steps.dpo(adapted), random_weights(lora_specs(TIED, LORA)), out, report),

@@ -274,7 +274,7 @@ def test_damage_is_named_with_the_way_out(tmp_path, abandoned_reads):
 
 @damages
 def test_the_newest_whole_one_is_used_and_nothing_is_lost(tmp_path, abandoned_reads, caplog):
-    """Behind a whole checkpoint: one without its index, one cut off, one of a single file as a broken copy leaves it."""
+    """Behind a whole checkpoint: one without its index, one that is cut off, and an empty folder."""
     saved, state = Checkpointer(tmp_path, keep=9), make_state()
     for step in range(1, 5):
         saved.save(step, state, {"step": step})
