@@ -34,7 +34,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Damaged(InputError):
-    """A checkpoint that does not give back what was saved."""
+    """A checkpoint that does not give back what was saved; `got` says how that was seen."""
+
+    def __init__(self, folder: Path, got: str, then: str):
+        super().__init__(f"the checkpoint {folder} is damaged", got=got, remedy=f"Remove that folder and {then}.")
+        self.got = got
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Checkpointer:
             raise self._damaged(step, f"other bits than were saved in {', '.join(wrong[:_SHOWN])}")
         return jax.tree.unflatten(jax.tree.structure(abstract_state), list(found.values())), index["data"]
 
-    def _set_aside(self, damaged: Mapping[int, InputError], used: int) -> None:
+    def _set_aside(self, damaged: Mapping[int, _Damaged], used: int) -> None:
         """Takes their steps' names from damaged checkpoints, so that these steps can be saved anew."""
         for step, error in damaged.items():
             folder = Path(self.directory) / str(step)
@@ -161,7 +165,8 @@ class Checkpointer:
                 taken = len(list(folder.parent.glob(f"{step}.damaged*")))
                 aside = folder.with_name(f"{step}.damaged" + (f"-{taken + 1}" if taken else ""))
                 folder.rename(aside)
-                _LOG.warning("%s It was set aside as %s, and step %d is used instead.", error, aside.name, used)
+                what = "the checkpoint %s is damaged; got %s. It was set aside as %s, and step %d is used instead."
+                _LOG.warning(what, folder, error.got, aside.name, used)
         if damaged and jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
@@ -214,8 +219,7 @@ class Checkpointer:
     def _damaged(self, step: int, got: str) -> _Damaged:
         older = [other for other in self.steps() if other < step]
         then = f"go on from step {older[-1]}" if older else "start again, for there is no older one"
-        folder = Path(self.directory) / str(step)
-        return _Damaged(f"the checkpoint {folder} is damaged", got=got, remedy=f"Remove that folder and {then}.")
+        return _Damaged(Path(self.directory) / str(step), got, then)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
