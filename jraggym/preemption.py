@@ -57,7 +57,6 @@ def preemptible() -> Iterator[None]:
 
 @contextmanager
 def _listening() -> Iterator[None]:
-    _asked.clear()
     if threading.current_thread() is not threading.main_thread():  # elsewhere Python refuses to set handlers
         yield
         return
@@ -78,6 +77,7 @@ def _listening() -> Iterator[None]:
         listener.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+        _asked.clear()
 
 
 def _listen(reading: int) -> None:
