@@ -22,6 +22,7 @@ from configs import qa_transfer
 from jraggym.chats.connection import Server
 from jraggym.chats.local import Local
 from jraggym.errors import exit_on_input_error
+from jraggym.preemption import preemptible
 from jraggym.recipes.qa import Qa, check, deciding, open_models, open_questions, open_retriever, run
 from train.job import claim, write
 from train.results import Console
@@ -72,7 +73,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         print(table(evaluate(tyro.extras.overridable_config_cli(EXPERIMENTS, description=__doc__))))
 
 

@@ -33,6 +33,7 @@ import tyro
 from eval.pooled import pooled_difference
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.porting.pretrained import open_model
+from jraggym.preemption import preemptible
 from jraggym.recipes.scaling import Scale, measure, pooled_mean, scaling_settings
 from jraggym.recipes.settings import Settings
 from train.job import claim, prepare, write
@@ -130,7 +131,7 @@ def draw(curves: Curves) -> str:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         results = run(tyro.cli(Arguments, description=__doc__))
     for name in ("greedy", *TITLES):
         for point in results[name]:

@@ -39,6 +39,7 @@ from jraggym.evaluation import Row
 from jraggym.model_folder import Model
 from jraggym.models.critic import Critic
 from jraggym.porting.pretrained import open_model
+from jraggym.preemption import preemptible
 from jraggym.recipes.labelling import How, critic_of_any_labels, judged, label, source_of
 from jraggym.recipes.quickstart import Workshop, collect_round, collector
 from jraggym.recipes.rows import Agent, Evaluator
@@ -128,7 +129,7 @@ def _report(console: Console, name: str, total: int, done: int) -> None:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         results = run(tyro.cli(Arguments))
     for name, row in results["rows"].items():
         low, high = row["em_interval"]

@@ -25,6 +25,7 @@ from jraggym.environment import transition, wants_retrieval
 from jraggym.episodes import episode_names
 from jraggym.errors import InputError
 from jraggym.labelling import Decision, Found, RewardSource
+from jraggym.preemption import stop_if_asked
 from jraggym.retrieval.guard import guarded
 from jraggym.scripted import Lookup
 from jraggym.selection import SELECTORS
@@ -105,6 +106,7 @@ def run_agent(
     runs = [_Run(i, name, e, State(e.question)) for i, (name, e) in enumerate(zip(names, examples, strict=True))]
     ended: dict[int, Episode] = {}
     while opened := list(islice((run for run in runs if run.index not in ended), rules.slots)):
+        stop_if_asked()
         _propose(agent, model, opened, rules)
         if scorer is not None:
             _score(scorer, opened)

@@ -4,6 +4,7 @@
                      and `index` holds the data position with every leaf's type, shape and checksum
     directory/140/   the newest one
     directory/160.orbax-checkpoint-tmp/   half-written by a killed job: never listed, cleared by the next save
+    directory/180.damaged/   whole by its name and damaged inside: set aside by the restore that found it so
 
 Array storage has no checksum of its own (a flipped bit in a weight would be restored without a word),
 so each leaf gets one here, which does not depend on how the array is sharded.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,15 @@ from jax.experimental import multihost_utils
 from jraggym.errors import InputError
 
 _SHOWN = 20  # differing leaves listed in one message
+_LOG = logging.getLogger(__name__)
+
+
+class _Damaged(InputError):
+    """A checkpoint that does not give back what was saved; `got` says how that was seen."""
+
+    def __init__(self, folder: Path, got: str, then: str):
+        super().__init__(f"the checkpoint {folder} is damaged", got=got, remedy=f"Remove that folder and {then}.")
+        self.got = got
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,10 @@ class Checkpointer:
             _clear_temporary(root)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reads (state, data) of `step`, or of the latest one.
+        """Reads (state, data) of `step`, or of the newest whole checkpoint.
+
+        Without a `step`, a damaged one is named in a warning, set aside under another name, and the one before it is
+        read; where there is none before it, nothing is changed. Nothing is ever removed.
 
         Args:
             abstract_state: the tree to fill, of arrays or `jax.ShapeDtypeStruct`s; each leaf's sharding is where
@@ -109,27 +123,52 @@ class Checkpointer:
 
         Raises:
             InputError: there is no such checkpoint, its leaves differ from the asked ones (all are compared by
-                path, type and shape), or it is damaged. Nothing is changed on disk in any case.
+                path, type and shape), or it is damaged.
         """
-        step = self._choose(step)
-        index = self._read_index(step)
-        expected = _leaves(abstract_state)
-        self._compare(step, expected, index["leaves"])
-        found = self._read_state(step, {path: _target(leaf) for path, leaf in expected.items()})
-        described = _describe(found)
-        if damaged := [path for path in found if described[path] != index["leaves"][path]]:
-            raise self._damaged(step, f"other bits than were saved in {', '.join(damaged[:_SHOWN])}")
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), list(found.values())), index["data"]
-
-    def _choose(self, step: int | None) -> int:
-        steps = self.steps()
+        steps, damaged = self.steps(), dict[int, _Damaged]()
         if not steps or (step is not None and step not in steps):
             raise InputError(
                 f"no checkpoint {'at all' if step is None else f'of step {step}'} in {self.directory}",
                 got=f"steps {steps}",
                 remedy="Name the folder and one of the steps of an earlier run.",
             )
-        return steps[-1] if step is None else step
+        if step is not None:
+            return self._restore(step, abstract_state)
+        for candidate in reversed(steps):
+            try:
+                found = self._restore(candidate, abstract_state)
+            except _Damaged as error:
+                damaged[candidate] = error
+            else:
+                self._set_aside(damaged, candidate)
+                return found
+        if len(damaged) == 1:
+            raise damaged[steps[0]]
+        got, remedy = "; ".join(map(str, damaged.values())), "Remove them all and start again."
+        raise InputError(f"no checkpoint in {self.directory} is whole", got=got, remedy=remedy)
+
+    def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        index = self._read_index(step)
+        expected = _leaves(abstract_state)
+        self._compare(step, expected, index["leaves"])
+        found = self._read_state(step, {path: _target(leaf) for path, leaf in expected.items()})
+        described = _describe(found)
+        if wrong := [path for path in found if described[path] != index["leaves"][path]]:
+            raise self._damaged(step, f"other bits than were saved in {', '.join(wrong[:_SHOWN])}")
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), list(found.values())), index["data"]
+
+    def _set_aside(self, damaged: Mapping[int, _Damaged], used: int) -> None:
+        """Takes their steps' names from damaged checkpoints, so that these steps can be saved anew."""
+        for step, error in damaged.items():
+            folder = Path(self.directory) / str(step)
+            if jax.process_index() == 0:
+                taken = len(list(folder.parent.glob(f"{step}.damaged*")))
+                aside = folder.with_name(f"{step}.damaged" + (f"-{taken + 1}" if taken else ""))
+                folder.rename(aside)
+                what = "the checkpoint %s is damaged; got %s. It was set aside as %s, and step %d is used instead."
+                _LOG.warning(what, folder, error.got, aside.name, used)
+        if damaged and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
     def _compare(self, step: int, expected: Mapping[str, Any], found: Mapping[str, list[Any]]) -> None:
         sides = {path: (_spec(leaf), "nothing") for path, leaf in expected.items()}
@@ -151,7 +190,7 @@ class Checkpointer:
 
     def _read_state(self, step: int, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         stored = {path: leaf for path, leaf in target.items() if leaf.size}
-        found = self._read(step, state=ocp.args.StandardRestore(stored))
+        found = self._agreed(step, lambda: self._read(step, state=ocp.args.StandardRestore(stored)))
         return {path: found[path] if path in stored else _empty(leaf) for path, leaf in target.items()}
 
     def _read(self, step: int, **item: Any) -> Any:
@@ -165,11 +204,22 @@ class Checkpointer:
         except Exception as error:
             raise self._damaged(step, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
-    def _damaged(self, step: int, got: str) -> InputError:
+    def _agreed(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives, where no process met damage: each one reads its own part."""
+        try:
+            found, failure = read(), None
+        except _Damaged as error:
+            found, failure = None, error
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(failure is not None)).any():
+            failure = failure or self._damaged(step, "damage that another process has met")
+        if failure is not None:
+            raise failure
+        return found
+
+    def _damaged(self, step: int, got: str) -> _Damaged:
         older = [other for other in self.steps() if other < step]
         then = f"go on from step {older[-1]}" if older else "start again, for there is no older one"
-        folder = Path(self.directory) / str(step)
-        return InputError(f"the checkpoint {folder} is damaged", got=got, remedy=f"Remove that folder and {then}.")
+        return _Damaged(Path(self.directory) / str(step), got, then)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jax import Array
 
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance
 from jraggym.environment import outcome
+from jraggym.preemption import Preempted, should_stop
 from jraggym.rollout import Policy, Rollout
 from jraggym.text.rendering import render
 from jraggym.types import Example, Trajectory
@@ -35,6 +36,8 @@ def collect(
     done = store.done()
     for number, start in enumerate(starts):
         part = examples[start : start + chunk]
+        if should_stop():
+            raise Preempted
         if number not in done:
             found = rollout.run(policy, part, key, report=partial(_report, start, report))
             records = [

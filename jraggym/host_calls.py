@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from jraggym.preemption import stop_if_asked
 from jraggym.sharding import batch_sharding
 
 Results = tuple[jax.ShapeDtypeStruct, ...]
@@ -73,6 +74,7 @@ class HostCalls:
         """
         if self._failure is None:
             try:
+                stop_if_asked()
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
                 result = getattr(self._host, name)(int(step), np.asarray(rows), *arrays)
                 self._after(name)

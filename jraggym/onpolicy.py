@@ -27,15 +27,15 @@ from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO, grpo_experience, ppo_experience_maker
 from jraggym.gathering import Gather, Gathered
+from jraggym.history import History, Tell
 from jraggym.models.critic import Critic
 from jraggym.models.lora import merge
 from jraggym.objectives.policy import Experience
+from jraggym.preemption import Preempted, should_stop
 from jraggym.rollout import Policy
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, Row, collate
 from jraggym.training import Optimization, TrainState, Watch, abstract, init_state, placed, shared_step
-
-Report = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -87,33 +87,49 @@ def train_on_policy(
     checkpointer: Checkpointer | None = None,
     *,
     every: int = 5,
-    report: Report | None = None,
+    report: Tell | None = None,
     evaluate: Callable[[int, Policy], None] | None = None,
 ) -> OnPolicyState:
-    """Runs all iterations and returns the final state; resumes from the newest checkpoint.
+    """Runs all iterations and returns the final state; resumes from the newest whole checkpoint.
 
-    Saves after every `every` iterations and at the end. `report` gets (iterations done, metrics); `evaluate` gets
-    (iterations done, policy) at the start and before each save. Raises InputError when a metric is not finite, naming
-    the step; the last checkpoint stays as it is.
+    Saves after every `every` iterations, at the end, and when a signal asks the job to end (`Preempted`): a rollout
+    under way is then given up. `report` gets (iterations done, metrics) of each once, also of those before a
+    checkpoint; `evaluate` gets (iterations done, policy) at the start, after every `every` iterations and at the end.
+    Raises InputError when a metric is not finite, naming the step; the last checkpoint stays as it is.
     """
     _check(job, value_weights)
-    state = _start(job, weights, value_weights)
+    state, history, saved, evaluated = _start(job, weights, value_weights), History(report), 0, False
     if checkpointer is not None and checkpointer.latest() is not None:
-        state, _ = checkpointer.restore(jax.tree.map(abstract, state))
-    elif evaluate is not None:
-        evaluate(0, policy_of(job, state))
-    steps_each = job.schedule.epochs * job.schedule.updates
-    for iteration in range(int(state.policy.step) // steps_each, job.schedule.iterations):
-        gathered = job.gather(policy_of(job, state), iteration)
+        state, data = checkpointer.restore(jax.tree.map(abstract, state))
+        history.restore(data.get("history"))
+        saved, evaluated = data["iteration"], data.get("evaluated", True)
+
+    def save(iteration: int) -> None:
+        nonlocal saved
+        if checkpointer is not None and iteration > saved:
+            saved = iteration
+            data = {"iteration": iteration, "evaluated": evaluated, "history": history.saved()}
+            checkpointer.save(iteration, state, data)
+
+    for iteration in range(saved, job.schedule.iterations + 1):
+        last = iteration == job.schedule.iterations
+        try:
+            if last or iteration % every == 0:
+                if evaluate is not None and not evaluated:
+                    evaluate(iteration, policy_of(job, state))
+                evaluated = True
+                save(iteration)
+            if last:
+                break
+            if should_stop():
+                raise Preempted
+            gathered = job.gather(policy_of(job, state), iteration)
+        except Preempted:
+            save(iteration)
+            raise
         state, metrics = _improve(job, state, gathered, iteration)
-        last = iteration + 1 == job.schedule.iterations
-        if report is not None:
-            report(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
-        if last or (iteration + 1) % every == 0:
-            if evaluate is not None:
-                evaluate(iteration + 1, policy_of(job, state))
-            if checkpointer is not None:
-                checkpointer.save(iteration + 1, state, {"iteration": iteration + 1})
+        evaluated = False
+        history.add(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
     return state
 
 

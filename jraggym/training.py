@@ -3,7 +3,7 @@
 An objective is a pure function (weights, batch, frozen, key) -> (loss, metrics): `weights` are trained, `frozen` is
 read only (DPO's reference, the base under LoRA), and `key` is a random key of the step (for dropout). The state is
 donated, so each step reuses its memory. Resuming restores the state and the step; since batch i is a pure function of
-(seed, i), nothing else has to be remembered.
+(seed, i), nothing else decides what comes. The metrics so far are kept beside it (history.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
+from jraggym.history import History, Tell
+from jraggym.preemption import Preempted, should_stop
 from jraggym.sharding import batch_sharding, place
 
 Metrics = dict[str, Array]
@@ -179,30 +181,38 @@ def fit(
     checkpointer: Checkpointer | None = None,
     *,
     every: int = 100,
-    report: Callable[[int, Metrics], None] | None = None,
+    report: Tell | None = None,
 ) -> Any:
-    """Trains from `weights` and returns the final weights; resumes from the newest checkpoint.
+    """Trains from `weights` and returns the final weights; resumes from the newest whole checkpoint.
 
-    Saves the whole state after every `every` steps and at the end; killed at any moment and called again, it ends
-    with the same bits. `report` gets (updates done, metrics) of each step. Raises InputError at the first loss or
-    gradient that is not finite, naming the step and its batch; the last checkpoint stays as it is.
+    Saves the whole state after every `every` steps, at the end, and when a signal asks the job to end (`Preempted`);
+    killed at any moment and called again, it ends with the same bits. `report` gets (updates done, metrics) of each
+    step once, also of those before a checkpoint. Raises InputError at the first loss or gradient that is not finite,
+    naming the step and its batch; the last checkpoint stays as it is.
     """
     optimizer = run.optimization.build()
-    state = init_state(weights, optimizer)
+    state, history, watch, saved = init_state(weights, optimizer), History(report), Watch(), 0
     if checkpointer is not None and checkpointer.latest() is not None:
-        state, _ = checkpointer.restore(jax.tree.map(abstract, state))
+        state, data = checkpointer.restore(jax.tree.map(abstract, state))
+        history.restore(data.get("history"))
+        saved = int(state.step)
+
+    def save(done: int) -> None:
+        watch.finish()
+        if checkpointer is not None and done > saved:
+            checkpointer.save(done, state, {"step": done, "history": history.saved()})
+
     step = shared_step(run.objective, run.optimization)
-    watch = Watch()
     for i in range(int(state.step), run.optimization.steps):
+        stop = should_stop()
+        if stop or i % every == 0:
+            save(i)
+        if stop:
+            raise Preempted
         state, metrics = step(state, placed(run.batches[i], run.mesh), run.frozen, run.seed)
         watch.look(i, metrics)
-        last = i + 1 == run.optimization.steps
-        if checkpointer is not None and (last or (i + 1) % every == 0):
-            watch.finish()
-            checkpointer.save(i + 1, state, {"step": i + 1})
-        if report is not None:
-            report(i + 1, metrics)
-    watch.finish()
+        history.add(i + 1, metrics)
+    save(run.optimization.steps)
     return state.weights
 
 

@@ -78,6 +78,10 @@ def arrays_file(step: Path) -> Path:
     return max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
 @pytest.fixture
 def abandoned_reads():
     """Orbax leaves its other reads unfinished when one fails; they are collected here, not in a later test."""
@@ -255,11 +259,10 @@ def test_damage_is_named_with_the_way_out(tmp_path, abandoned_reads):
     saved, state = Checkpointer(tmp_path), make_state()
     for step in (1, 2):
         saved.save(step, state, {"step": step})
-    path = arrays_file(tmp_path / "2")
-    path.write_bytes(path.read_bytes()[:100])
+    cut(arrays_file(tmp_path / "2"))
     before = files(tmp_path)
     with pytest.raises(InputError, match=rf"{tmp_path}/2 is damaged.*Remove that folder and go on from step 1\."):
-        saved.restore(abstract(state))
+        saved.restore(abstract(state), 2)
     assert files(tmp_path) == before
     shutil.rmtree(tmp_path / "2")
     back, data = saved.restore(abstract(state))
@@ -267,6 +270,53 @@ def test_damage_is_named_with_the_way_out(tmp_path, abandoned_reads):
     assert_same(state, back)
     saved.save(2, state, {"step": 2})
     assert saved.latest() == 2
+
+
+@damages
+def test_the_newest_whole_one_is_used_and_nothing_is_lost(tmp_path, abandoned_reads, caplog):
+    """Behind a whole checkpoint: one without its index, one that is cut off, and an empty folder."""
+    saved, state = Checkpointer(tmp_path, keep=9), make_state()
+    for step in range(1, 5):
+        saved.save(step, state, {"step": step})
+    shutil.rmtree(tmp_path / "2" / "index")
+    cut(arrays_file(tmp_path / "3"))
+    for path in (tmp_path / "4").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    content = sorted(files(tmp_path).values())
+    back, data = saved.restore(abstract(state))
+    assert data == {"step": 1}
+    assert_same(state, back)
+    assert sorted(files(tmp_path).values()) == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.damaged", "3.damaged", "4.damaged"]
+    for step, record in zip((4, 3, 2), caplog.records, strict=True):
+        assert record.levelname == "WARNING"
+        assert f"{tmp_path}/{step} is damaged" in record.getMessage()
+        assert f"set aside as {step}.damaged, and step 1 is used instead" in record.getMessage()
+    saved.save(3, state, {"step": 3})
+    cut(arrays_file(tmp_path / "3"))
+    assert saved.restore(abstract(state))[1] == {"step": 1}
+    assert (tmp_path / "3.damaged-2").is_dir()
+
+
+@damages
+def test_without_a_whole_one_nothing_changes(tmp_path, abandoned_reads):
+    saved, state = Checkpointer(tmp_path), make_state()
+    for step in (1, 2):
+        saved.save(step, state, {"step": step})
+        cut(arrays_file(tmp_path / str(step)))
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=rf"no checkpoint in {tmp_path} is whole.*/2 is damaged.*/1 is damaged"):
+        saved.restore(abstract(state))
+    assert files(tmp_path) == before
+
+
+def test_another_model_is_no_damage(tmp_path):
+    saved = Checkpointer(tmp_path)
+    for step in (1, 2):
+        saved.save(step, {"w": jnp.zeros(step)}, {})
+    with pytest.raises(InputError, match=r"/2 is of another model"):
+        saved.restore({"w": jnp.zeros(1)})
+    assert saved.steps() == [1, 2]
 
 
 @damages
@@ -323,6 +373,8 @@ def test_a_kill_while_saving_leaves_a_whole_latest(tmp_path):
             assert process.stdout is not None
             assert process.stderr is not None
             assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
+            while not reached and not saved.steps() and process.poll() is None:
+                time.sleep(0.01)  # the first save takes its time
             time.sleep(rng.uniform(0.05, 0.25))
             assert process.poll() is None, process.stderr.read().decode()
             process.send_signal(signal.SIGKILL)

@@ -21,6 +21,7 @@ ROWS = {
     **dict.fromkeys(
         (f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model")), 0
     ),
+    **dict.fromkeys(("jraggym.preemption", "jraggym.history"), 0),
     **dict.fromkeys(("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense"), 2),
     "jraggym.text.grouping": 2,
     **dict.fromkeys((f"jraggym.retrieval.{name}" for name in ("hybrid", "presets", "milvus")), 2),

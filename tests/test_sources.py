@@ -1,6 +1,8 @@
 """Sources of process rewards: hand-worked labels, order invariance, what is unlabelled, and relabelling."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from jraggym.data.process import ChunkStore, ProcessRecord, Provenance
 from jraggym.errors import InputError
 from jraggym.labelling import Decision
 from jraggym.objectives.critic import critic_loss
+from jraggym.preemption import EXIT_CODE, preemptible
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import batch_of, preferences
 from jraggym.sources.control import random_source
@@ -213,6 +216,28 @@ def test_relabelling_goes_on_where_it_was_killed(tmp_path):
     stripped = [replace(r, provenance=records[0].provenance) for r in found]
     bare = [replace(r, candidates=tuple(replace(c, reward=None) for c in r.candidates)) for r in records]
     assert [replace(r, candidates=tuple(replace(c, reward=None) for c in r.candidates)) for r in stripped] == bare
+
+
+def test_relabelling_stops_behind_the_chunk_in_which_a_signal_came(tmp_path):
+    records, asked = [record(TEXTS_OF_RECORD, question=q) for q in range(5)], []
+
+    def source(found):
+        asked.append(len(found))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return random_source(0)(found)
+
+    def run(folder):
+        store = ChunkStore(tmp_path / folder, {"source": "random"})
+        return list(relabel(records, source, store, name="random", chunk=2))
+
+    with pytest.raises(SystemExit) as end, preemptible():
+        run("cut")
+    assert end.value.code == EXIT_CODE
+    assert asked == [2, 2]
+    found = run("cut")
+    assert asked == [2, 2, 1]
+    assert found == run("whole")
 
 
 # ---------------------------------------------------------------- unlabelled is not 0

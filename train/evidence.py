@@ -35,6 +35,7 @@ from jraggym.evidence.training import Choice, choices_from_json, shuffled
 from jraggym.metrics import bootstrap_interval
 from jraggym.models.bert_critic import PairScorer, save_bert_critic
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
+from jraggym.preemption import preemptible
 from jraggym.recipes.evidence import (
     EvidenceSettings,
     Searcher,
@@ -228,5 +229,5 @@ def _save(arguments: Arguments, splits: Splits, scored: dict[str, Scores], choic
 
 
 if __name__ == "__main__":
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         main(tyro.cli(Arguments, description=__doc__))

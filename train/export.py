@@ -28,6 +28,7 @@ from jraggym.models.lora import merge
 from jraggym.porting.hub import local_files
 from jraggym.porting.peft import read_adapters
 from jraggym.porting.pretrained import copy_adapters, export_model, open_model, read_config
+from jraggym.preemption import preemptible
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _merged(model: Model, folder: Path) -> Model:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         run(tyro.cli(Arguments))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from jraggym.model_folder import Model, save_model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.porting.pretrained import open_model
+from jraggym.preemption import preemptible
 from jraggym.recipes.bench import Bench
 from jraggym.recipes.experiment import AGENTS
 from jraggym.recipes.offline import CriticTraining
@@ -119,13 +122,13 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
 class Logbook:
     """Metrics as TensorBoard event files in `out`/tensorboard, and to Weights & Biases when a project is named.
 
-    Values are read from the device some steps later, so that writing them never makes it wait.
+    A job that goes on tells all its steps again (history.py): its first value takes the place of all that was written
+    before. Values are read from the device some steps later, so that writing them never makes it wait.
     """
 
     def __init__(self, out: Path, job: Any, wandb_project: str | None = None, lag: int = 2):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(out / "tensorboard"))
+        self._folder = out / "tensorboard"
+        self._writer: Any = None
         self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
         self._lag, self._wandb = lag, None
         if wandb_project is not None:
@@ -133,7 +136,9 @@ class Logbook:
                 import wandb
             except ImportError as error:
                 raise InputError("wandb is not installed", got=error, remedy="pip install wandb") from error
-            self._wandb = wandb.init(project=wandb_project, dir=str(out), config=dataclasses.asdict(job))
+            about = {"project": wandb_project, "dir": str(out), "config": dataclasses.asdict(job)}
+            name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(id=name, resume="allow", **about)
 
     def write(self, group: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Keeps the metrics of a step and writes those of some steps ago."""
@@ -141,19 +146,32 @@ class Logbook:
         while len(self._waiting) > self._lag:
             self._put(*self._waiting.pop(0))
 
+    def _open(self) -> Any:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            for old in self._folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            # A page that is open has read the old files: this tells it to forget them.
+            self._writer = SummaryWriter(str(self._folder), purge_step=0)
+        return self._writer
+
     def close(self) -> None:
         """Writes what is left."""
         for waiting in self._waiting:
             self._put(*waiting)
-        self._writer.close()
+        self._waiting = []
+        if self._writer is not None:
+            self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _put(self, group: str, step: int, metrics: Mapping[str, Any]) -> None:
         values = {f"{group}/{name}": float(value) for name, value in metrics.items()}
+        writer = self._open()
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
+            writer.add_scalar(name, value, step)
+        if self._wandb is not None and step >= self._wandb.step:  # it has what came before, and takes no step twice
             self._wandb.log(values, step=step)
 
 
@@ -162,7 +180,7 @@ def entry(experiments: Mapping[str, tuple[str, Any]], work: Callable) -> None:
 
     `work` gets (experiment, shop, starting model or None, log) and returns the model and its results.
     """
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         run_experiment(tyro.extras.overridable_config_cli({**experiments}), work)
 
 
@@ -191,9 +209,8 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
                 development=experiment.evaluate == "development",
                 make_tokenizer=experiment.tokenizer,
             )
-    with console.stage(kind.lower()):
+    with closing(log), console.stage(kind.lower()):
         model, results = work(experiment, shop, start, log.write)
-    log.close()
     if model is not None:
         save_model(out / "model", dataclasses.replace(model, about={**_provenance(experiment, start), **model.about}))
     results = {"experiment": experiment.title, "seed": experiment.seed, "stages": console.stages, **results}

@@ -22,6 +22,7 @@ import tyro
 from configs import label_agents, label_synthhop
 from jraggym.chats.local import Local
 from jraggym.errors import exit_on_input_error
+from jraggym.preemption import preemptible
 from jraggym.recipes.agent_labels import AgentLabel, label_episodes
 from jraggym.recipes.labelling import label_data
 from train.job import claim, plain, run_experiment, write
@@ -52,7 +53,7 @@ def label_agent(experiment: AgentLabel) -> dict[str, Any]:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         experiment = tyro.extras.overridable_config_cli(EXPERIMENTS, description=__doc__)
         if isinstance(experiment, AgentLabel):
             label_agent(experiment)

@@ -19,6 +19,7 @@ from configs.quickstart import PRESETS
 from eval.report import write_report
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.evaluation import Row
+from jraggym.preemption import preemptible
 from jraggym.recipes.quickstart import (
     Workshop,
     collect_round,
@@ -56,7 +57,7 @@ class Arguments:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         run(tyro.cli(Arguments))
 
 

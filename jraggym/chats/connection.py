@@ -25,6 +25,7 @@ import tenacity
 from jraggym.chats.answers import LIMITED, Fault, Hopeless, plain, read_fault
 from jraggym.chats.pace import Pace
 from jraggym.errors import InputError
+from jraggym.preemption import stop_if_asked
 
 
 class Paid(Protocol):
@@ -167,7 +168,8 @@ class Connection:
     def _attempt(
         self, line: Line, path: str, body: bytes, reserve: int, read: Callable[[str], Read]
     ) -> tuple[str, Read]:
-        """One request in its turn; raises Fault."""
+        """One request in its turn; raises Fault. A job that is asked to end pays for what is under way, and no more."""
+        stop_if_asked()
         if line.stopped.wait(max(self._requests.take(1), self._tokens.take(reserve))):
             raise Fault("the call was stopped", passing=False)
         try:

@@ -21,6 +21,7 @@ from jraggym.chat_model import Completion, Message, Reply, Request
 from jraggym.errors import InputError
 from jraggym.model_folder import Model
 from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
+from jraggym.preemption import stop_if_asked
 from jraggym.sampling import Samples, Sampling, sample
 from jraggym.text.batching import EMPTY_ROW, collate
 from jraggym.text.chat import chat_ids
@@ -102,6 +103,7 @@ class LocalChat:
             groups[width(len(ids), 64), sampling].append((i, ids))
         for (columns, sampling), members in groups.items():
             for start in range(0, len(members), self._rows):
+                stop_if_asked()
                 part = members[start : start + self._rows]
                 found = self._run(columns, sampling, [(ids, requests[i].seed) for i, ids in part])
                 for (i, ids), completions in zip(part, found, strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jraggym.evidence.proposals import Proposal, propose
+from jraggym.preemption import stop_if_asked
 from jraggym.types import Document, Example, Search, State, Turn
 
 Lookup = Callable[[Sequence[str], int], Sequence[Sequence[Document]]]  # queries and k -> the k best of each
@@ -36,6 +37,7 @@ def search_evidence(examples: Sequence[Example], lookup: Lookup, choose: Choose,
     """The state of each question after all its searches."""
     states = [State(example.question) for example in examples]
     for _ in range(budget.searches):
+        stop_if_asked()
         offered = [propose(state, budget.around) for state in states]
         chosen = choose(states, offered)
         queries = [proposals[number].query for proposals, number in zip(offered, chosen, strict=True)]

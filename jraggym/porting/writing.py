@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from jraggym.errors import InputError
 from jraggym.porting.pieces import Piece, pieces
 from jraggym.porting.reading import INDEX, SINGLE
+from jraggym.preemption import stop_if_asked
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit
 
@@ -37,6 +38,7 @@ def write_weights(
         room -= bytes_
     files, total = {}, 0
     for at, shard in enumerate(shards, 1):
+        stop_if_asked()
         name = single if len(shards) == 1 else f"model-{at:05d}-of-{len(shards):05d}.safetensors"
         tensors = {places[i][0].names[places[i][2]]: _tensor(*places[i], dtype) for i in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})

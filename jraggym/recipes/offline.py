@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def fit_logged(experiment: Experiment, shop: Bench, run: Run, weights: Any, log:
     """Trains one model in the job's folder, resumably, and logs every step."""
     name, total = type(experiment).__name__.lower(), run.optimization.steps
 
-    def report(step: int, metrics: dict) -> None:
+    def report(step: int, metrics: Mapping[str, Any]) -> None:
         shop.progress(name, step, total, metrics)
         log(name, step, metrics)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import place, shardings
 from jraggym.text.chat import INSTRUCTION
 from jraggym.training import Optimization
+from jraggym.whole import write_whole
 
 Score = Callable[[Decoder], dict[str, Any]]  # em, f1, each and more of an actor
 REWARDS = ("process", "critic", "outcome", "steps")
@@ -117,18 +118,26 @@ def learn(
     """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
     value = _value(shop, ready) if isinstance(job.algorithm, PPO) else None
     name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
-    spent = curve.tokens_by_iteration()
+    spent = {0: 0.0}
+    known = {point["iteration"] for point in curve.points()}
 
-    def report(iteration: int, metrics: dict[str, float]) -> None:
+    def report(iteration: int, metrics: Mapping[str, float]) -> None:
         spent[iteration] = spent.get(iteration - 1, 0.0) + metrics["sampled_tokens"]
         shop.progress(name, iteration, job.schedule.iterations, metrics)
         log(name, iteration, metrics)
 
-    def evaluate(iteration: int, policy: Policy) -> None:
-        point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **score(policy.actor)}
-        curve.put(point)
-        log("evaluation", iteration, {"em": point["em"], "f1": point["f1"], "tokens": point["sampled_tokens"]})
+    def show(point: Mapping[str, Any]) -> None:
+        tokens = point["sampled_tokens"]
+        log("evaluation", point["iteration"], {"em": point["em"], "f1": point["f1"], "tokens": tokens})
 
+    def evaluate(iteration: int, policy: Policy) -> None:
+        if iteration not in known:  # else a killed run was here: it would be the same again
+            point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **score(policy.actor)}
+            curve.put(point)
+            show(point)
+
+    for point in curve.points():
+        show(point)
     checkpointer = Checkpointer(shop.out / "checkpoints")
     every = experiment.every
     state = train_on_policy(job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate)
@@ -208,12 +217,6 @@ class Curve:
         return [found[i] for i in sorted(found)]
 
     def put(self, point: dict[str, Any]) -> None:
-        """Adds a point; one of the same iteration, left by a killed run, is replaced."""
-        kept = [old for old in self.points() if old["iteration"] < point["iteration"]]
-        scratch = self.path.with_name(self.path.name + ".tmp")
-        scratch.write_text("".join(json.dumps(p) + "\n" for p in [*kept, point]))
-        scratch.replace(self.path)
-
-    def tokens_by_iteration(self) -> dict[int, float]:
-        """Sampled tokens until each known iteration."""
-        return {point["iteration"]: point["sampled_tokens"] for point in self.points()}
+        """Adds a point, in place of one of the same iteration."""
+        found = {old["iteration"]: old for old in [*self.points(), point]}
+        write_whole(self.path, "".join(json.dumps(found[i]) + "\n" for i in sorted(found)))

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jraggym.errors import InputError
+from jraggym.preemption import stop_if_asked
 from jraggym.retrieval.encoder import Tower, embed_chunks
 from jraggym.types import Document
 
@@ -83,6 +84,7 @@ def _write(final: Path, tower: Tower, texts, batch, progress, mesh, chunk: int) 
             scratch = done.with_suffix(".tmp")
             scratch.write_text(str(start + len(rows)))
             os.replace(scratch, done)
+            stop_if_asked()
     os.replace(part, final)
     done.unlink()
 

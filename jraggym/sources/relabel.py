@@ -14,6 +14,7 @@ from jraggym.data.process import ChunkStore, ProcessRecord
 from jraggym.environment import wants_retrieval
 from jraggym.errors import InputError
 from jraggym.labelling import Decision, Found, RewardSource
+from jraggym.preemption import stop_if_asked
 from jraggym.retrieval.hybrid import Retriever
 from jraggym.text.actions import parse_action
 from jraggym.types import Candidate, Example, Search
@@ -83,6 +84,7 @@ def relabel(
     done, starts = store.done(), range(0, len(questions), chunk)
     for number, start in enumerate(starts):
         part = questions[start : start + chunk]
+        stop_if_asked()
         if number not in done:
             labelled = _labelled([record for group in part for record in group], source, decide, name)
             store.write(number, [group[0].example_id for group in part], labelled)
