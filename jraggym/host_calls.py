@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jraggym.sharding import batch_sharding
+from jraggym.sharding import batch_sharding, replica_axes
 
 Results = tuple[jax.ShapeDtypeStruct, ...]
 Rows = Sequence[int] | np.ndarray
@@ -53,10 +53,15 @@ class HostCalls:
     def __call__(self, name: str, step: Array, rows: Array, *arrays: Array) -> Any:
         """Inside the program: host.<name>(step, rows, *arrays)."""
 
+        copies = () if self._mesh is None else replica_axes(self._mesh)
+
         def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
             results = self._results(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
-            return jax.pure_callback(on_host, results, step, rows, *map(_pieces, arrays))
+            replica = jax.lax.axis_index(copies) if copies else jnp.int32(0)
+            found = jax.pure_callback(on_host, results, replica, step, rows, *map(_pieces, arrays))
+            # Replicas may be on several hosts: one of them works, and tells the others over the device.
+            return tuple(jax.lax.all_gather(x, copies)[0] for x in found) if copies else found
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
@@ -66,12 +71,12 @@ class HostCalls:
             step, rows, *arrays
         )
 
-    def _on_host(self, name: str, results: Results, shapes: Sequence[tuple], step, rows, *pieces) -> Any:
+    def _on_host(self, name: str, results: Results, shapes: Sequence[tuple], replica, step, rows, *pieces) -> Any:
         """Puts the operands together again and calls the method.
 
         A failure is kept for `run` to raise, and every row closes: an exception here would leave other shards waiting.
         """
-        if self._failure is None:
+        if self._failure is None and not replica:
             try:
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
                 result = getattr(self._host, name)(int(step), np.asarray(rows), *arrays)

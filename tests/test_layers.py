@@ -19,7 +19,11 @@ MAX_FILE, MAX_FUNCTION = 300, 80
 ROWS = {
     "jraggym": 4,  # the package's own face: hands out `make` when asked
     **dict.fromkeys(
-        (f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model")), 0
+        (
+            f"jraggym.{name}"
+            for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model", "hosts", "roll_call")
+        ),
+        0,
     ),
     **dict.fromkeys(("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense"), 2),
     "jraggym.text.grouping": 2,

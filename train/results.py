@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jraggym.data.process import ProcessRecord
 from jraggym.evaluation import Row, compare
+from jraggym.hosts import lead
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import sample_for_report
 from jraggym.recipes.settings import Settings
@@ -44,7 +45,7 @@ class Console:
     def progress(self, stage: str, done: int, total: int, metrics: Any) -> None:
         if self._bar is None or self._bar.desc != stage:
             self._close()
-            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr)
+            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr, disable=not lead())
         self._bar.update(done - self._bar.n)
         if metrics is not None and (done % 5 == 0 or done == total):
             curve = self.curves.setdefault(stage, {})
