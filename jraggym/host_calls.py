@@ -59,7 +59,7 @@ class HostCalls:
             results = self._results(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
             replica = jax.lax.axis_index(copies) if copies else jnp.int32(0)
-            found = jax.pure_callback(on_host, results, replica, step, rows, *map(_pieces, arrays))
+            found = jax.pure_callback(on_host, results, replica, step, rows, *map(pieces, arrays))
             # Replicas may be on several hosts: one of them works, and tells the others over the device.
             return tuple(jax.lax.all_gather(x, copies)[0] for x in found) if copies else found
 
@@ -109,6 +109,6 @@ class Once:
             return self._results[key]
 
 
-def _pieces(x: Array) -> list[Array]:
+def pieces(x: Array) -> list[Array]:
     """The array as flat pieces of at most `PIECE` bytes."""
     return jnp.array_split(x.reshape(-1), max(1, -(-x.size * x.dtype.itemsize // PIECE)))

@@ -191,19 +191,18 @@ def _metadata(key: str) -> str:
 
 def _meet(hosts: Hosts, hint: str) -> Member:
     """Waits for all processes and starts jax's own service among them."""
-    assert hosts.address and hosts.number
-    assert hosts.process is not None
-    if hosts.process == 0:
-        host, _, _ = hosts.address.rpartition(":")
-        Hub(hosts.address, hosts.number, hosts.timeout, f"{host}:{_free_port()}", hint).start()
-    member = Member(hosts.process, hosts.number, _lost)
-    meet = member.arrive(hosts.address, hosts.timeout, hint)
+    address, number, process = hosts.address or "", hosts.number or 0, hosts.process or 0
+    if process == 0:
+        host, _, _ = address.rpartition(":")
+        Hub(address, number, hosts.timeout, f"{host}:{_free_port()}", hint).start()
+    member = Member(process, number, _lost)
+    meet = member.arrive(address, hosts.timeout, hint)
     _patient_abort()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # The roll call is quicker and says more: jax's own limits are out of its way.
     limits = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 600, "shutdown_timeout_seconds": 10}
-    jax.distributed.initialize(meet, hosts.number, hosts.process, **limits)
-    if hosts.process:
+    jax.distributed.initialize(meet, number, process, **limits)
+    if process:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return member
 

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from jraggym.errors import InputError
@@ -38,6 +39,15 @@ class Line:
             self.connection.sendall(text.replace("\n", " ").encode() + b"\n")
         except OSError:
             self.ended = True
+
+    def close(self) -> None:
+        """Ends the connection behind what was sent: closed with something unread, it would lose that."""
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(PERIOD)
+        while not self.ended and self.read():
+            pass
+        self.connection.close()
 
     def read(self) -> list[str]:
         """The lines that have come since, none after a timeout; sets `ended` at the end of the connection."""
@@ -72,7 +82,7 @@ class Hub:
     hint: str = ""  # what to do about missing processes
     _lines: dict[int, Line] = field(default_factory=dict)
     _left: dict[int, tuple[int, str]] = field(default_factory=dict)
-    _nameless: list[Line] = field(default_factory=list)
+    _strangers: list[Line] = field(default_factory=list)  # who have not said which process they are
 
     def start(self) -> None:
         """Listens and returns; raises InputError when the address is not of this machine, or taken."""
@@ -88,6 +98,14 @@ class Hub:
         threading.Thread(target=self._run, daemon=True, name="roll call").start()
 
     def _run(self) -> None:
+        try:
+            self._call()
+        finally:
+            self._server.close()
+            for line in (*self._lines.values(), *self._strangers):
+                line.close()
+
+    def _call(self) -> None:
         start = ticked = time.monotonic()
         gone, failed_at = False, None
         while True:
@@ -113,7 +131,7 @@ class Hub:
         if line is None:
             connection, _ = self._server.accept()
             line = Line(connection)
-            self._nameless.append(line)
+            self._strangers.append(line)
             self._selector.register(connection, selectors.EVENT_READ, line)
             return
         try:
@@ -136,6 +154,7 @@ class Hub:
             line.send(f"end process {process} is not one of this job of {self.number}: {other}")
             return
         self._lines[process] = line
+        self._strangers.remove(line)
 
     def _name(self, line: Line) -> int:
         return next(process for process, known in self._lines.items() if known is line)
@@ -205,6 +224,11 @@ class Member:
         return self._farewell == "all"
 
     def _listen(self) -> None:
+        self._hear()
+        self._line.close()
+
+    def _hear(self) -> None:
+        """Until the job is over, for whatever reason."""
         while True:
             for text in self._line.read():
                 word, _, rest = text.partition(" ")

@@ -1,16 +1,7 @@
-"""Jobs that give the same on any number of hosts, for test_hosts to run in one process and in several.
+"""Jobs that give the same on any number of hosts, for test_hosts to run in one process and in several."""
 
-python tests/host_jobs.py JOB FOLDER --address 127.0.0.1:PORT --number N --process I [--timeout SECONDS]
-"""
-
-import argparse
-import dataclasses
-import os
-import signal
-import sys
-import time
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,17 +10,17 @@ from toy_world import Watched, toy_codec, toy_examples, toy_retriever
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.episodes import Rules
-from jraggym.errors import InputError
 from jraggym.experience import GRPO
 from jraggym.gathering import Gatherer
-from jraggym.hosts import Hosts, connect, fetch, lead, share
+from jraggym.hosts import fetch, lead, share
 from jraggym.labelling import support_judge
 from jraggym.models.decoder import DecoderConfig, specs
 from jraggym.objectives.policy import PolicyLoss
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
+from jraggym.retrieval.sharded import ShardedRetriever
 from jraggym.rollout import Rollout
 from jraggym.sampling import Sampling
-from jraggym.sharding import make_mesh, place, shardings
+from jraggym.sharding import make_mesh, place, shardings, whole_on
 from jraggym.steps import Network, dpo
 from jraggym.text.batching import Batches, Bucket, Row
 from jraggym.training import Optimization, Run, fit
@@ -62,7 +53,10 @@ def prefer(mesh, folder):
     weights, losses = start(mesh), []
     batches = Batches(preference_rows(), [Bucket(8, 4, 5), Bucket(8, 8, 5)], candidates=3, seed=0)
     run = Run(dpo(Network(CONFIG, mesh=mesh)), ADAMW, batches, frozen=weights, mesh=mesh)
-    report = lambda step, metrics: losses.append(float(metrics["loss"]))
+
+    def report(step, metrics):
+        losses.append(float(metrics["loss"]))
+
     trained = fit(run, weights, Checkpointer(folder), every=2, report=report)
     return {"losses": np.array(losses), **leaves(trained)}
 
@@ -93,57 +87,27 @@ def leaves(weights):
     return {f"weights {jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in found}
 
 
-def mesh_of_all():
-    return make_mesh(*MESHES[jax.device_count()])
+def search_sharded(mesh):
+    """((vectors, queries), positions of the nine best of 203 vectors, many of them alike, spread over the mesh)."""
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.normal(size=(n, 24)).astype(np.float32) for n in (203, 17))
+    vectors[[30, 77, 150, 202]] = vectors[5]
+    queries[3], queries[4] = vectors[5], 0
+    tower = SimpleNamespace(params=(), apply=lambda params, ids, mask: ids)
+    encoder = SimpleNamespace(query=tower, similarity="dot")
+    index = ShardedRetriever(range(203), encoder, vectors, mesh, k=9)
+    return (vectors, queries), np.asarray(jax.jit(index.encode)((), place(queries, whole_on(mesh)), None))
 
 
 def equal(folder):
     """What several hosts give, written by the first; `resumed` goes on from another job's checkpoint."""
-    mesh = mesh_of_all()
-    found = {"whole": prefer(mesh, folder / "whole"), "policy": improve(mesh)}
-    if (folder / "resumed").exists():
-        found["resumed"] = prefer(mesh, folder / "resumed")
+    mesh = make_mesh(*MESHES[jax.device_count()])
+    found = {
+        "whole": prefer(mesh, folder / "whole"),
+        "resumed": prefer(mesh, folder / "resumed"),
+        "policy": improve(mesh),
+        "search": {"found": search_sharded(mesh)[1]},
+    }
     if lead():
         for name, arrays in found.items():
             np.savez(folder / f"{name}.npz", **arrays)
-
-
-def die(folder):
-    """The last process is killed in the middle of the others' collectives."""
-    for i in range(10_000):
-        if i == 3 and jax.process_index() == int(os.environ["DYING"]):
-            os.kill(os.getpid(), getattr(signal, os.environ.get("BY", "SIGKILL")))
-        share(i)
-        time.sleep(0.05)
-
-
-def fail(folder):
-    """The last process stops with an error while the others wait for it."""
-    if jax.process_index() == jax.process_count() - 1:
-        raise InputError("no room", got="0 bytes", remedy="Make some.")
-    share(None)
-
-
-def refuse(folder):
-    """All processes find the same fault."""
-    raise InputError("no such data", got="none", remedy="Name another.")
-
-
-def meet(folder):
-    sys.stdout.write(f"{share(jax.process_index())}\n")
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job")
-    parser.add_argument("folder", type=Path)
-    for field in dataclasses.fields(Hosts):
-        parser.add_argument(f"--{field.name}", type={"address": str, "timeout": float}.get(field.name, int))
-    given = vars(parser.parse_args())
-    job, folder = given.pop("job"), given.pop("folder")
-    with connect(Hosts(**{name: value for name, value in given.items() if value is not None})):
-        globals()[job](folder)
-
-
-if __name__ == "__main__":
-    main()
