@@ -15,7 +15,6 @@ from jraggym.gathering import Gatherer
 from jraggym.hosts import fetch, lead, share
 from jraggym.labelling import support_judge
 from jraggym.models.decoder import DecoderConfig, specs
-from jraggym.objectives.policy import PolicyLoss
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.retrieval.sharded import ShardedRetriever
 from jraggym.rollout import Rollout
@@ -51,7 +50,7 @@ def preference_rows():
 def prefer(mesh, folder):
     """DPO with a checkpoint after every second of four steps; goes on from what is in `folder`."""
     weights, losses = start(mesh), []
-    batches = Batches(preference_rows(), [Bucket(8, 4, 5), Bucket(8, 8, 5)], candidates=3, seed=0)
+    batches = Batches(preference_rows(), [Bucket(8, 8, 5)], candidates=3, seed=0)
     run = Run(dpo(Network(CONFIG, mesh=mesh)), ADAMW, batches, frozen=weights, mesh=mesh)
 
     def report(step, metrics):
@@ -73,9 +72,7 @@ def improve(mesh):
     gather = Gatherer(rollout, toy_codec(), toy_examples(12), 6, jax.random.key(1))
     plan = Schedule(iterations=2, updates=1, rows=8, epochs=1, prompt=96, action=4, candidates=3)
     weights, seen = start(mesh), []
-    job = OnPolicy(
-        Network(CONFIG, mesh=mesh), GRPO(loss=PolicyLoss(kl_weight=0.01)), ADAMW, gather, plan, weights, mesh=mesh
-    )
+    job = OnPolicy(Network(CONFIG, mesh=mesh), GRPO(), ADAMW, gather, plan, weights, mesh=mesh)
     state = train_on_policy(job, weights, report=lambda i, metrics: seen.append(metrics))
     work = share((sum(1 for call in retriever.calls for query in call if query), sum(judged.values())))
     metrics = {f"metric {name}": np.array([m[name] for m in seen]) for name in seen[0]}

@@ -24,7 +24,7 @@ from jraggym.sharding import batch_sharding, make_mesh, own_rows, place_rows, sp
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TESTS = Path(__file__).parent
-LIMIT = 150  # seconds until a test gives up on its processes
+LIMIT = 400  # seconds until a test gives up on its processes
 
 
 def free_address():

@@ -35,7 +35,6 @@ class Row:
         return len(self.prompt), max(map(len, self.actions))
 
 
-Own = Callable[[int], np.ndarray]  # from the number of rows of a batch to those that this process builds
 EMPTY_ROW = Row([0], [[]], [[]], [0.0], [False])  # fills a batch up; no objective reads it
 
 
@@ -163,13 +162,7 @@ class Codec:
 
 
 def collate(
-    rows: Sequence[Row],
-    *,
-    prompt: int,
-    action: int,
-    candidates: int,
-    pad: int = 0,
-    only: Sequence[int] | np.ndarray | None = None,
+    rows: Sequence[Row], *, prompt: int, action: int, candidates: int, pad: int = 0, only: np.ndarray | None = None
 ) -> ProcessBatch:
     """Pads rows to B = len(rows), P = `prompt` (left), K = `candidates`, A = `action` (right).
 
@@ -267,8 +260,8 @@ class Batches:
     def __getitem__(self, step: int) -> ProcessBatch:
         return self._collate(*self._chosen(step))
 
-    def part(self, step: int, own: Own) -> tuple[ProcessBatch, int]:
-        """One process's rows of a batch, and how many rows it has in all."""
+    def part(self, step: int, own: Callable[[int], np.ndarray]) -> tuple[ProcessBatch, int]:
+        """One process's rows of a batch, `own` of their number, and that number."""
         which, chosen = self._chosen(step)
         return self._collate(which, chosen, own(len(chosen))), len(chosen)
 
