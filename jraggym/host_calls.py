@@ -1,7 +1,8 @@
 """Calls from a jitted program to methods of a host object, on each shard of the rows for its own ones.
 
-A host object is asked by name, with the step of the loop and the rows; it must give the same result to the replicas of
-a shard, whenever they ask (`Once`). jax must not be called inside: it would wait for the very program that waits here.
+A host object is asked by name, with the step of the loop and the rows. Of the replicas of a shard one asks, and tells
+the others over the device: they may be on other hosts. Asked again, the object gives the same result (`Once`). jax must
+not be called inside: it would wait for the very program that waits here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ class HostCalls:
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
             replica = jax.lax.axis_index(copies) if copies else jnp.int32(0)
             found = jax.pure_callback(on_host, results, replica, step, rows, *map(pieces, arrays))
-            # Replicas may be on several hosts: one of them works, and tells the others over the device.
             return tuple(jax.lax.all_gather(x, copies)[0] for x in found) if copies else found
 
         if self._mesh is None:
@@ -88,10 +88,9 @@ class HostCalls:
 
 
 class Once:
-    """Does the work of each call once, and gives its result to all replicas that ask.
+    """Does the work of each call once, and gives its result to all that ask.
 
-    All results are kept: replicas along the "tensor" axis do not wait for one another, and one that lags some steps
-    behind must find what the first one was told; doing the work again would move the episodes on.
+    All results are kept: a compiler may repeat a call, and doing the work again would move the episodes on.
     """
 
     def __init__(self) -> None:

@@ -32,6 +32,7 @@ class Console:
         self.stages: list[dict[str, Any]] = []
         self.curves: dict[str, dict[str, list[list[float]]]] = {}
         self._bar: tqdm | None = None
+        self._silent = not lead()
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
@@ -43,9 +44,11 @@ class Console:
         self.stages.append({"name": name, "seconds": time.perf_counter() - start, "detail": detail})
 
     def progress(self, stage: str, done: int, total: int, metrics: Any) -> None:
+        if self._silent:
+            return
         if self._bar is None or self._bar.desc != stage:
             self._close()
-            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr, disable=not lead())
+            self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr)
         self._bar.update(done - self._bar.n)
         if metrics is not None and (done % 5 == 0 or done == total):
             curve = self.curves.setdefault(stage, {})
