@@ -200,7 +200,11 @@ def _meet(hosts: Hosts, hint: str) -> Member:
     _patient_abort()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # The roll call is quicker and says more: jax's own limits are out of its way.
-    limits = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 600, "shutdown_timeout_seconds": 10}
+    limits: dict[str, Any] = {
+        "initialization_timeout": 300,
+        "heartbeat_timeout_seconds": 600,
+        "shutdown_timeout_seconds": 10,
+    }
     jax.distributed.initialize(meet, number, process, **limits)
     if process:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

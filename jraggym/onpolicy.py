@@ -222,7 +222,7 @@ def _batch(
     order = np.random.default_rng((*seed, 2**31)).permutation(len(fitting))[:size]
     chosen = [fitting[i] for i in order]
     chosen += [EMPTY_ROW] * (size - len(chosen))
-    shape = {"prompt": schedule.prompt, "action": schedule.action, "candidates": schedule.candidates}
+    shape: dict[str, Any] = {"prompt": schedule.prompt, "action": schedule.action, "candidates": schedule.candidates}
     too_long = len(rows) - len(fitting)
     if mesh is None:
         return collate(chosen, **shape), too_long

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jraggym.errors import InputError
 
@@ -72,7 +72,7 @@ def _put(leaf: Any, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda part: host[part])
 
 
-def whole_on(mesh: Mesh) -> NamedSharding:
+def whole_on(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of what every device of the mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -95,7 +95,7 @@ def place_rows(tree: Any, sharding: NamedSharding, rows: int) -> Any:
     own = own_rows(sharding, rows)
 
     def put(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             return leaf[np.searchsorted(own, start) :][: stop - start]
 
@@ -125,7 +125,7 @@ def split_over(mesh: Mesh | None, rows: int) -> int:
     return -(-rows // parts) * parts
 
 
-def _parts(mesh: Mesh, where: str | tuple[str, ...] | None) -> int:
+def _parts(mesh: Mesh | AbstractMesh, where: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in (where if isinstance(where, tuple) else (where,)) if axis)
 
 

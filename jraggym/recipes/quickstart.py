@@ -174,8 +174,8 @@ def collect_round(
         chunk=4 * settings.episodes,
         report=lambda done: shop.progress(name, done, len(examples), None),
     )
-    records = list(records)
-    return list(lead_first(lambda: build_dataset(folder / "dataset", records)))
+    found = list(records)
+    return list(lead_first(lambda: build_dataset(folder / "dataset", found)))
 
 
 def collector(shop: Workshop, select: str = "reward", mesh: Mesh | None = None) -> Rollout:
