@@ -10,16 +10,21 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from host_jobs import MESHES, improve, prefer, search_sharded
+from host_jobs import MESHES, improve, prefer, preference_rows, search_sharded
 
+from jraggym.data.process import batches
 from jraggym.errors import InputError
 from jraggym.hosts import LOST, Hosts, agreed, connect, fetch, joined, lead, lead_first, share, slice_hosts
 from jraggym.roll_call import Hub, Member, endpoint
 from jraggym.sharding import batch_sharding, make_mesh, own_rows, place_rows, split_over
+from jraggym.text.batching import Batches, Bucket, collate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -319,3 +324,22 @@ def test_an_address_that_is_taken_is_refused():
         taken = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(InputError, match=f"process 0 cannot listen on {taken}"):
             Hub(taken, 2, 1.0, "").start()
+
+
+# ---------------------------------------------------------------- parts of a batch
+
+
+def test_the_parts_of_a_batch_are_the_batch():
+    rows = preference_rows()
+    rows[3] = replace(rows[3], step_rewards=[[1.0] * len(ids) for ids in rows[3].actions])
+    dealt = Batches(rows, [Bucket(8, 8, 5)], candidates=3, seed=0)
+    streamed = batches(rows, batch_size=8, seed=0, to_batch=partial(collate, prompt=8, action=5, candidates=3))
+    for source in (dealt, streamed):
+        for step in range(6):
+            parts = [source.part(step, lambda n, i=i: np.arange(n)[i::2]) for i in range(2)]
+            assert [number for _, number in parts] == [8, 8]
+            for whole, even, odd in zip(
+                *(jax.tree.leaves(b) for b in (source[step], parts[0][0], parts[1][0])), strict=True
+            ):
+                np.testing.assert_array_equal(whole[0::2], even)
+                np.testing.assert_array_equal(whole[1::2], odd)
