@@ -9,6 +9,7 @@ from jax import Array
 
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance
 from jraggym.environment import outcome
+from jraggym.hosts import agreed, lead, share
 from jraggym.preemption import Preempted, should_stop
 from jraggym.rollout import Policy, Rollout
 from jraggym.text.rendering import render
@@ -33,7 +34,7 @@ def collect(
     batch idle: take some batches a chunk. `report` gets the number of questions done, from a callback of the rollout.
     """
     starts = range(0, len(examples), chunk)
-    done = store.done()
+    done = agreed(store.done())
     for number, start in enumerate(starts):
         part = examples[start : start + chunk]
         if should_stop():
@@ -45,9 +46,11 @@ def collect(
                 for example, trajectory in zip(part, found, strict=True)
                 for record in records_of(example, trajectory, provenance, rollout.max_turns)
             ]
-            store.write(number, [example.id for example in part], records)
+            if lead():
+                store.write(number, [example.id for example in part], records)
         if report is not None:
             report(start + len(part))
+    share(None)  # all is written
     return store.read_all(chunks=len(starts))
 
 

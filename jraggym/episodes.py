@@ -8,7 +8,7 @@ Each row of the device's batch is a slot: when its episode ends, the next waitin
 never computes for finished episodes while others wait.
 
 Every call names its step of the loop and its rows. The first call for them does the work and later ones get the same
-result, so the replicas of a shard on a model-parallel mesh share one retrieval, whatever their order.
+result, whoever asks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Calls from a jitted program to methods of a host object, on each shard of the rows for its own ones.
 
-A host object is asked by name, with the step of the loop and the rows; it must give the same result to the replicas of
-a shard, whenever they ask (`Once`). jax must not be called inside: it would wait for the very program that waits here.
+A host object is asked by name, with the step of the loop and the rows. Of the replicas of a shard one asks, and tells
+the others over the device: they may be on other hosts. Asked again, the object gives the same result (`Once`). jax must
+not be called inside: it would wait for the very program that waits here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from jraggym.preemption import stop_if_asked
-from jraggym.sharding import batch_sharding
+from jraggym.sharding import batch_sharding, replica_axes
 
 Results = tuple[jax.ShapeDtypeStruct, ...]
 Rows = Sequence[int] | np.ndarray
@@ -54,10 +55,14 @@ class HostCalls:
     def __call__(self, name: str, step: Array, rows: Array, *arrays: Array) -> Any:
         """Inside the program: host.<name>(step, rows, *arrays)."""
 
+        copies = () if self._mesh is None else replica_axes(self._mesh)
+
         def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
             results = self._results(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
-            return jax.pure_callback(on_host, results, step, rows, *map(_pieces, arrays))
+            replica = jax.lax.axis_index(copies) if copies else jnp.int32(0)
+            found = jax.pure_callback(on_host, results, replica, step, rows, *map(pieces, arrays))
+            return tuple(jax.lax.all_gather(x, copies)[0] for x in found) if copies else found
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
@@ -67,12 +72,12 @@ class HostCalls:
             step, rows, *arrays
         )
 
-    def _on_host(self, name: str, results: Results, shapes: Sequence[tuple], step, rows, *pieces) -> Any:
+    def _on_host(self, name: str, results: Results, shapes: Sequence[tuple], replica, step, rows, *pieces) -> Any:
         """Puts the operands together again and calls the method.
 
         A failure is kept for `run` to raise, and every row closes: an exception here would leave other shards waiting.
         """
-        if self._failure is None:
+        if self._failure is None and not replica:
             try:
                 stop_if_asked()
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
@@ -85,10 +90,9 @@ class HostCalls:
 
 
 class Once:
-    """Does the work of each call once, and gives its result to all replicas that ask.
+    """Does the work of each call once, and gives its result to all that ask.
 
-    All results are kept: replicas along the "tensor" axis do not wait for one another, and one that lags some steps
-    behind must find what the first one was told; doing the work again would move the episodes on.
+    All results are kept: a compiler may repeat a call, and doing the work again would move the episodes on.
     """
 
     def __init__(self) -> None:
@@ -106,6 +110,6 @@ class Once:
             return self._results[key]
 
 
-def _pieces(x: Array) -> list[Array]:
+def pieces(x: Array) -> list[Array]:
     """The array as flat pieces of at most `PIECE` bytes."""
     return jnp.array_split(x.reshape(-1), max(1, -(-x.size * x.dtype.itemsize // PIECE)))

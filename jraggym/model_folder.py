@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
+from jraggym.hosts import agreed, fetch, lead, share
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, is_spec, specs
 from jraggym.porting.peft import PeftAdapters, write_adapters
@@ -44,19 +46,31 @@ class Model:
 
 
 def save_model(folder: str | Path, model: Model) -> None:
-    """Writes a model; one that is already there is replaced. Raises InputError when the folder cannot be written."""
+    """Writes a model; one that is already there is replaced. Raises InputError when the folder cannot be written.
+
+    All processes of a job call this, and process 0 writes what is no weight; the folder lies where all see it.
+    """
     likelihood = model.kind == "critic" and model.weights.likelihood is not None
     head = {"kind": model.kind, "likelihood": likelihood, "config": dataclasses.asdict(model.config)}
-    with whole_folder(folder) as building:
-        (building / "model.json").write_text(json.dumps({**head, "about": model.about}, indent=1))
-        if isinstance(model.tokenizer, SentencePieceTokenizer):
-            (building / "tokenizer.model").write_bytes(model.tokenizer.model)
-        else:
-            model.tokenizer.save(building / "tokenizer")
-        if model.adapters is not None:
-            base = str(model.about.get("base", ""))
-            write_adapters(building / "adapters", model.adapters, model.config, base=base)
+    model = dataclasses.replace(model, adapters=fetch(model.adapters))
+    with ExitStack() as stack:
+        building = agreed(stack.enter_context(whole_folder(folder)) if lead() else None)
+        if lead():
+            _write_head(building, head, model)
         Checkpointer(building / "weights").save(0, jax.tree.map(jnp.asarray, model.weights), {})
+    share(None)  # it has its name
+
+
+def _write_head(building: Path, head: dict[str, Any], model: Model) -> None:
+    """All of a model but the weights."""
+    (building / "model.json").write_text(json.dumps({**head, "about": model.about}, indent=1))
+    if isinstance(model.tokenizer, SentencePieceTokenizer):
+        (building / "tokenizer.model").write_bytes(model.tokenizer.model)
+    else:
+        model.tokenizer.save(building / "tokenizer")
+    if model.adapters is not None:
+        base = str(model.about.get("base", ""))
+        write_adapters(building / "adapters", model.adapters, model.config, base=base)
 
 
 def load_model(folder: str | Path, kind: str, mesh: Mesh | None = None) -> Model:

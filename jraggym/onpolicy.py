@@ -33,6 +33,7 @@ from jraggym.models.lora import merge
 from jraggym.objectives.policy import Experience
 from jraggym.preemption import Preempted, should_stop
 from jraggym.rollout import Policy
+from jraggym.sharding import batch_sharding, own_rows, place, place_rows, whole_on
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, Row, collate
 from jraggym.training import Optimization, TrainState, Watch, abstract, init_state, placed, shared_step
@@ -146,7 +147,13 @@ def _start(job: OnPolicy, weights: Any, value_weights: Critic | None) -> OnPolic
         value = init_state(value_weights, _optimization(job, job.value_optimization).build())
     kl_weight = job.algorithm.reward_kl_weight if isinstance(job.algorithm, PPO) else 0.0
     policy = init_state(weights, _optimization(job, job.optimization).build())
-    return OnPolicyState(policy, value, jnp.float32(kl_weight))
+    return OnPolicyState(policy, value, _scalar(job, kl_weight))
+
+
+def _scalar(job: OnPolicy, value: float) -> Array:
+    """A number of the state, on all devices of the job."""
+    number = jnp.float32(value)
+    return number if job.mesh is None else place(number, whole_on(job.mesh))
 
 
 def _optimization(job: OnPolicy, optimization: Optimization | None) -> Optimization:
@@ -166,15 +173,15 @@ def _improve(
     job: OnPolicy, state: OnPolicyState, gathered: Gathered, iteration: int
 ) -> tuple[OnPolicyState, dict[str, float]]:
     """All epochs on one iteration's groups."""
-    batch, too_long = _batch(job.schedule, gathered.rows, (job.seed, iteration))
-    experience, sampled = _experience(job, state, placed(batch, job.mesh))
+    batch, too_long = _batch(job.schedule, gathered.rows, (job.seed, iteration), job.mesh)
+    experience, sampled = _experience(job, state, batch)
     metrics = {name: float(x) for name, x in sampled.items()} | {"too_long": float(too_long)}
     policy, value, means = _epochs(job, state, experience, iteration)
     kl_weight = float(state.kl_weight)
     if isinstance(job.algorithm, PPO) and job.algorithm.adaptive.target:
         kl_weight = job.algorithm.adaptive.update(kl_weight, metrics["sequence_kl"], int(metrics["sequences"]))
         metrics["kl_weight"] = kl_weight
-    return OnPolicyState(policy, value, jnp.float32(kl_weight)), metrics | means
+    return OnPolicyState(policy, value, _scalar(job, kl_weight)), metrics | means
 
 
 def _epochs(
@@ -215,8 +222,10 @@ _grpo, _ppo = functools.cache(grpo_experience), functools.cache(ppo_experience_m
 _pick = jax.jit(lambda experience, rows: jax.tree.map(lambda x: x[rows], experience))
 
 
-def _batch(schedule: Schedule, rows: Sequence[Row], seed: tuple[int, int]) -> tuple[ProcessBatch, int]:
-    """Exactly rows * updates groups, and how many did not fit (P, A).
+def _batch(
+    schedule: Schedule, rows: Sequence[Row], seed: tuple[int, int], mesh: Mesh | None
+) -> tuple[ProcessBatch, int]:
+    """Exactly rows * updates groups, on their devices, and how many did not fit (P, A).
 
     A random part of the fitting ones, or all of them and then empty ones that no objective reads. Where all rewards
     are equal, or no candidate is good, there is no group: such an iteration teaches nothing, and the run goes on.
@@ -229,5 +238,9 @@ def _batch(schedule: Schedule, rows: Sequence[Row], seed: tuple[int, int]) -> tu
     order = np.random.default_rng((*seed, 2**31)).permutation(len(fitting))[:size]
     chosen = [fitting[i] for i in order]
     chosen += [EMPTY_ROW] * (size - len(chosen))
-    shape = {"prompt": schedule.prompt, "action": schedule.action, "candidates": schedule.candidates}
-    return collate(chosen, **shape), len(rows) - len(fitting)
+    shape: dict[str, Any] = {"prompt": schedule.prompt, "action": schedule.action, "candidates": schedule.candidates}
+    too_long = len(rows) - len(fitting)
+    if mesh is None:
+        return collate(chosen, **shape), too_long
+    where = batch_sharding(mesh)
+    return place_rows(collate(chosen, **shape, only=own_rows(where, size)), where, size), too_long

@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jraggym.episodes import Episodes, Retriever, Rules
 from jraggym.errors import InputError
 from jraggym.host_calls import HostCalls
+from jraggym.hosts import joined
 from jraggym.models.critic import Critic, critic_scores
 from jraggym.models.decoder import Decoder, DecoderConfig, prefix_forward
 from jraggym.sampling import Samples, Sampling, sample
-from jraggym.sharding import batch_sharding, batch_shards, place
+from jraggym.sharding import batch_sharding, batch_shards, own_rows, place, place_rows, whole_on
 from jraggym.text.batching import Codec
 from jraggym.types import Example, State, Trajectory
 
@@ -64,8 +65,7 @@ class Rollout:
         self._config, self._codec, self._retriever = config, codec, retriever
         self._sampling, self._rules, self._batch, self._mesh = sampling, rules, batch, mesh
         self._stops = jnp.array(codec.stops)
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._encoder = retriever.params if whole is None else place(retriever.params, whole)
+        self._encoder = retriever.params if mesh is None else place(retriever.params, whole_on(mesh))
         self._calls = HostCalls(self._shapes, mesh)
         self._run = jax.jit(self._program)
 
@@ -106,16 +106,20 @@ class Rollout:
             shards = batch_shards(self._mesh)
         episodes = Episodes(examples, codec, retriever, rules, slots=self._batch, shards=shards, starts=starts)
         rows = np.arange(self._batch, dtype=np.int32)
-        inputs = (rows, *episodes.prompts(rows))
-        if self._mesh is not None:
-            inputs = place(inputs, batch_sharding(self._mesh))
+        if self._mesh is None:
+            inputs = (rows, *episodes.prompts(rows))
+        else:
+            where = batch_sharding(self._mesh)
+            own = rows[own_rows(where, self._batch)]
+            inputs = place_rows((own, *episodes.prompts(own)), where, self._batch)
 
         def after(name: str) -> None:
             if report is not None and name == "observe":
                 report(episodes.finished)
 
         self._calls.run(episodes, lambda: self._run(policy.actor, policy.critic, self._encoder, key, *inputs), after)
-        return episodes.trajectories()
+        found = joined({i: t for i, t in enumerate(episodes.trajectories()) if t.steps})  # each host ran its own ones
+        return [found[i] for i in range(len(examples))]
 
     def _program(
         self, actor: Decoder, critic: Critic | None, encoder: Any, key: Array, rows: Array, *prompts: Array

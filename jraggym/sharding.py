@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jraggym.errors import InputError
 
@@ -36,6 +37,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         got = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         remedy = f"There are {jax.device_count()} devices: choose sizes whose product is at most that."
         raise InputError("the mesh does not fit the devices", got=got, remedy=remedy)
+    if jax.process_count() > 1 and math.prod(sizes) != jax.device_count():
+        got = f"{math.prod(sizes)} of {jax.device_count()} devices of {jax.process_count()} processes"
+        raise InputError("several processes work on all of their devices", got=got, remedy="Enlarge --devices.data.")
     # Auto: under Explicit, the default, a lookup in a sharded embedding table is refused.
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -51,8 +55,53 @@ def shardings(table: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """The arrays of `tree`, distributed by a tree of shardings of the same structure."""
-    return jax.device_put(tree, shardings)
+    """The arrays of `tree`, distributed by a tree of shardings of the same structure, or all by one.
+
+    Of several processes each has the whole of an array, and takes from it what its own devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    places = jax.tree.map(lambda _: shardings, tree) if isinstance(shardings, NamedSharding) else shardings
+    return jax.tree.map(_put, tree, places)
+
+
+def _put(leaf: Any, where: NamedSharding) -> jax.Array:
+    if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, where)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, where, lambda part: host[part])
+
+
+def whole_on(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of what every device of the mesh holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+    """Which of `rows` rows lie on devices of this process, ascending; InputError when they cannot be split."""
+    parts = _parts(sharding.mesh, sharding.spec[0])
+    if rows % parts:
+        raise InputError(
+            "rows cannot be split over the mesh", got=f"{rows} rows, {parts} parts", remedy="Use a multiple."
+        )
+    held = sharding.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in held]))
+
+
+def place_rows(tree: Any, sharding: NamedSharding, rows: int) -> Any:
+    """Distributes arrays whose leading axis is rows of a batch of `rows`: each process gives its `own_rows` alone."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    own = own_rows(sharding, rows)
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return leaf[np.searchsorted(own, start) :][: stop - start]
+
+        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -65,7 +114,18 @@ def batch_shards(mesh: Mesh) -> int:
     return _parts(mesh, RULES["batch"])
 
 
-def _parts(mesh: Mesh, where: str | tuple[str, ...] | None) -> int:
+def replica_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes along which the rows of a batch are repeated."""
+    return tuple(axis for axis in mesh.axis_names if axis not in (RULES["batch"] or ()) and mesh.shape[axis] > 1)
+
+
+def split_over(mesh: Mesh | None, rows: int) -> int:
+    """At least so many rows, as a multiple of the parts that a batch is split into."""
+    parts = 1 if mesh is None else batch_shards(mesh)
+    return -(-rows // parts) * parts
+
+
+def _parts(mesh: Mesh | AbstractMesh, where: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in (where if isinstance(where, tuple) else (where,)) if axis)
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import optax
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.errors import InputError
 from jraggym.history import History, Tell
 from jraggym.preemption import Preempted, should_stop
-from jraggym.sharding import batch_sharding, place
+from jraggym.sharding import batch_sharding, own_rows, place, place_rows, whole_on
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any, Array], tuple[Array, Metrics]]
@@ -104,7 +104,7 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
     state = TrainState(jnp.int32(0), weights, optimizer.init(weights))
     if not (named := _named(weights)):
         return state
-    everywhere = NamedSharding(named[0].mesh, PartitionSpec())
+    everywhere = whole_on(named[0].mesh)
     return jax.tree.map(lambda x: x if _named(x) else place(x, everywhere), state)
 
 
@@ -155,7 +155,11 @@ def shared_step(objective: Objective, optimization: Optimization) -> Step:
 
 
 class BatchSource(Protocol):
-    """Batch `step` of a training run, as a pure function of the step."""
+    """Batch `step` of a training run, as a pure function of the step.
+
+    A source that can build some rows alone has `part(step, own)` too (see text.batching.Batches): of several processes
+    each then builds only those that its devices hold.
+    """
 
     def __getitem__(self, step: int) -> Any: ...
 
@@ -209,7 +213,7 @@ def fit(
             save(i)
         if stop:
             raise Preempted
-        state, metrics = step(state, placed(run.batches[i], run.mesh), run.frozen, run.seed)
+        state, metrics = step(state, batch_at(run.batches, i, run.mesh), run.frozen, run.seed)
         watch.look(i, metrics)
         history.add(i + 1, metrics)
     save(run.optimization.steps)
@@ -219,6 +223,15 @@ def fit(
 def placed(batch: Any, mesh: Mesh | None) -> Any:
     """The batch with its rows spread over the mesh, or as it is without one."""
     return batch if mesh is None else place(batch, batch_sharding(mesh))
+
+
+def batch_at(batches: BatchSource, step: int, mesh: Mesh | None) -> Any:
+    """Batch `step`, placed; each process builds its own rows where the source can."""
+    if mesh is None or jax.process_count() == 1 or not hasattr(batches, "part"):
+        return placed(batches[step], mesh)
+    where = batch_sharding(mesh)
+    part, rows = batches.part(step, functools.partial(own_rows, where))
+    return place_rows(part, where, rows)
 
 
 class Watch:

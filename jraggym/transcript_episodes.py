@@ -57,9 +57,9 @@ class TranscriptEpisodes:
         """How many episodes have ended."""
         return sum(episode is not None for episode in self.done)
 
-    def start(self) -> Next:
-        """What the device begins with in all rows; see `observe`."""
-        shards = np.arange(len(self._slots)).reshape(-1, self._per_shard)  # a donor is a row of its own shard
+    def start(self, rows: Rows) -> Next:
+        """What the device begins with in these rows, whole shards; see `observe`."""
+        shards = np.asarray(rows).reshape(-1, self._per_shard)  # a donor is a row of its own shard
         parts = [self._next(rows, [self._enter(row) for row in rows], [True] * len(rows)) for rows in shards]
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
@@ -79,10 +79,9 @@ class TranscriptEpisodes:
         """
         return self._once("observe", step, rows, lambda: self._observe(step, rows, vectors))
 
-    def episodes(self) -> list[TranscriptEpisode]:
-        """All episodes, in the order of the examples; each has ended."""
-        assert all(episode is not None for episode in self.done)
-        return self.done  # type: ignore[return-value]
+    def ended(self) -> dict[int, TranscriptEpisode]:
+        """The episodes that ended here, by the number of their example."""
+        return {number: episode for number, episode in enumerate(self.done) if episode is not None}
 
     def _act(self, step, rows, stopped, tokens, logprob, count) -> Next:
         queries = [""] * len(rows)

@@ -28,10 +28,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jraggym.episodes import Retriever
 from jraggym.errors import InputError
 from jraggym.host_calls import HostCalls
+from jraggym.hosts import joined
 from jraggym.models.decoder import Decoder, DecoderConfig
 from jraggym.models.slots import News, Slots, empty_slots, put_in
 from jraggym.sampling import Sampling
-from jraggym.sharding import place
+from jraggym.sharding import own_rows, place_rows
 from jraggym.transcript_episode import TranscriptEpisode, TranscriptRules
 from jraggym.transcript_episodes import TranscriptEpisodes
 from jraggym.turn_sampling import Sampler, Turns, Work, sample_turns
@@ -124,16 +125,19 @@ class TranscriptRollout:
         shards = 1 if self._mesh is None else self._mesh.size
         episodes = TranscriptEpisodes(self.rules, examples, prompts, may_search, retriever, slots=slots, shards=shards)
         rows = np.arange(slots, dtype=np.int32)
+        where = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        own = rows if where is None else rows[own_rows(where, slots)]
 
         def after(name: str) -> None:
             if report is not None and name == "observe":
                 report(episodes.finished)
 
-        inputs, encoder = (rows, *episodes.start()), self._retriever.params
-        if self._mesh is not None:
-            inputs = place(inputs, NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names)))
+        inputs, encoder = (own, *episodes.start(own)), self._retriever.params
+        if where is not None:
+            inputs = place_rows(inputs, where, slots)
         work = self._calls.run(episodes, lambda: self._run(actor, encoder, key, *inputs), after)
-        return episodes.episodes(), _report(work, slots)
+        found = joined(episodes.ended())  # each host ran its own ones
+        return [found[i] for i in range(len(examples))], _report(work, slots)
 
     def _on_shards(self, mesh: Mesh) -> Callable:
         split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()

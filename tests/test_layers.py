@@ -19,12 +19,16 @@ MAX_FILE, MAX_FUNCTION = 300, 80
 ROWS = {
     "jraggym": 4,  # the package's own face: hands out `make` when asked
     **dict.fromkeys(
-        (f"jraggym.{name}" for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model")), 0
+        (
+            f"jraggym.{name}"
+            for name in ("types", "errors", "batch", "metrics", "sharding", "whole", "chat_model", "hosts", "roll_call")
+        ),
+        0,
     ),
     **dict.fromkeys(("jraggym.preemption", "jraggym.history"), 0),
     **dict.fromkeys(("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense"), 2),
     "jraggym.text.grouping": 2,
-    **dict.fromkeys((f"jraggym.retrieval.{name}" for name in ("hybrid", "presets", "milvus")), 2),
+    **dict.fromkeys((f"jraggym.retrieval.{name}" for name in ("hybrid", "presets", "milvus", "sharded")), 2),
     **dict.fromkeys(("jraggym.sampling", "jraggym.selection", "jraggym.environment", "jraggym.objectives*"), 2),
     **dict.fromkeys((f"jraggym.{name}*" for name in ("models", "text", "retrieval", "agents", "data")), 1),
     **dict.fromkeys((f"jraggym.{name}" for name in ("gym", "rollout", "episodes", "labelling", "training")), 3),
@@ -83,6 +87,8 @@ SIBLINGS = [
     ("jraggym.rewards.*", "jraggym.rewards.evidence"),
     ("jraggym.retrieval.*", "jraggym.retrieval.corpus"),
     ("jraggym.retrieval.hybrid", "jraggym.retrieval.dense"),
+    ("jraggym.retrieval.sharded", "jraggym.retrieval.dense"),
+    ("jraggym.retrieval.sharded", "jraggym.host_calls"),
     ("jraggym.retrieval.presets", "jraggym.retrieval.hybrid"),
     ("jraggym.retrieval.presets", "jraggym.retrieval.milvus"),
     ("jraggym.data.synthhop*", "jraggym.data.synthhop.*"),

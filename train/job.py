@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import tyro
 
 from jraggym.chats.opening import settings_of
 from jraggym.errors import InputError, exit_on_input_error
+from jraggym.hosts import connect, lead, lead_first
 from jraggym.model_folder import Model, save_model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
@@ -99,7 +100,8 @@ def prepare(
     held = _retriever(task.development, task, settings, progress, out) if development else None
     if tokenizer is None:
         tokenizer = make_tokenizer(task, settings)
-        write(out / "tokenizer.model", tokenizer.model)
+        if lead():
+            write(out / "tokenizer.model", tokenizer.model)
         model = dataclasses.replace(settings.model, vocab=tokenizer.vocab_size)
         settings = dataclasses.replace(settings, model=model)
     return Workshop(settings, tokenizer, out, progress, task, train, test, held)
@@ -111,7 +113,7 @@ def _retriever(split: Split, task: Task, settings: Settings, progress: Progress,
         return HybridRetriever(split.corpus, encoder, k=settings.documents)
     real = BertEncoder.load(minilm_path())
     told = partial(_report, progress, "embed", len(split.corpus))
-    vectors = stored_vectors(out, real.document, split.corpus.documents, progress=told)
+    vectors = lead_first(lambda: stored_vectors(out, real.document, split.corpus.documents, progress=told))
     return HybridRetriever(split.corpus, real, k=settings.documents, vectors=vectors)
 
 
@@ -180,17 +182,22 @@ def entry(experiments: Mapping[str, tuple[str, Any]], work: Callable) -> None:
 
     `work` gets (experiment, shop, starting model or None, log) and returns the model and its results.
     """
-    with exit_on_input_error(), preemptible():
+    with exit_on_input_error():
         run_experiment(tyro.extras.overridable_config_cli({**experiments}), work)
 
 
 def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
-    """Runs one experiment, and writes `out`/model and `out`/results.json."""
+    """Runs one experiment, and writes `out`/model and `out`/results.json; of several processes the first one writes."""
+    with connect(experiment.hosts), preemptible():
+        return _run(experiment, work)
+
+
+def _run(experiment: Any, work: Callable) -> dict[str, Any]:
     console, out, kind = Console(), experiment.out, type(experiment).__name__
     # First, so that a wrong name of a model does not claim the folder.
     start = None if experiment.model is None else open_model(experiment.model, "actor", experiment.devices.mesh())
-    claim(out, {"kind": kind, **plain(experiment)})
-    settings, log = experiment.seeded(), Logbook(out, experiment, experiment.wandb)
+    lead_first(lambda: claim(out, {"kind": kind, **plain(experiment)}))
+    settings, book = experiment.seeded(), Logbook(out, experiment, experiment.wandb) if lead() else None
     if start is not None:
         running = {name: getattr(settings.model, name) for name in RUNTIME}
         settings = dataclasses.replace(settings, model=dataclasses.replace(start.config, **running))
@@ -209,16 +216,22 @@ def run_experiment(experiment: Any, work: Callable) -> dict[str, Any]:
                 development=experiment.evaluate == "development",
                 make_tokenizer=experiment.tokenizer,
             )
-    with closing(log), console.stage(kind.lower()):
-        model, results = work(experiment, shop, start, log.write)
+    with closing(book) if book else nullcontext(), console.stage(kind.lower()):
+        model, results = work(experiment, shop, start, book.write if book else _unwritten)
     if model is not None:
         save_model(out / "model", dataclasses.replace(model, about={**_provenance(experiment, start), **model.about}))
     results = {"experiment": experiment.title, "seed": experiment.seed, "stages": console.stages, **results}
+    if not lead():
+        return results
     write(out / "results.json", json.dumps(results, indent=1))
     shown = {key: value for key, value in results.items() if key not in ("stages", "curve", "each")}
     print(json.dumps(shown, indent=1))
     print(f"{out}/results.json" + (f" and {out}/model" if model is not None else ""))
     return results
+
+
+def _unwritten(group: str, step: int, metrics: Mapping[str, Any]) -> None:
+    """The log of a process that writes none."""
 
 
 def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
@@ -235,4 +248,4 @@ def plain(experiment: Any) -> dict[str, Any]:
     found = dataclasses.asdict(experiment)
     if hasattr(experiment, "how"):
         found["how"]["judge"] = settings_of(experiment.how.judge)
-    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every")}
+    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every", "hosts")}

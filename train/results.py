@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jraggym.data.process import ProcessRecord
 from jraggym.evaluation import Row, compare
+from jraggym.hosts import lead
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import sample_for_report
 from jraggym.recipes.settings import Settings
@@ -31,6 +32,7 @@ class Console:
         self.stages: list[dict[str, Any]] = []
         self.curves: dict[str, dict[str, list[list[float]]]] = {}
         self._bar: tqdm | None = None
+        self._silent = not lead()
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
@@ -42,6 +44,8 @@ class Console:
         self.stages.append({"name": name, "seconds": time.perf_counter() - start, "detail": detail})
 
     def progress(self, stage: str, done: int, total: int, metrics: Any) -> None:
+        if self._silent:
+            return
         if self._bar is None or self._bar.desc != stage:
             self._close()
             self._bar = tqdm(total=total, desc=stage, initial=0, file=sys.stderr)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
+from jraggym.hosts import Hosts
 from jraggym.metrics import bootstrap_interval
 from jraggym.model_folder import Model
 from jraggym.models.decoder import Decoder, init, specs
@@ -40,9 +42,9 @@ class Devices:
     tensor: int = 1
 
     def mesh(self) -> Mesh | None:
-        """None for a single device."""
+        """None for a single device of a single process."""
         sizes = (self.data, self.fsdp, self.tensor)
-        return None if sizes == (1, 1, 1) else make_mesh(*sizes)
+        return None if sizes == (1, 1, 1) and jax.process_count() == 1 else make_mesh(*sizes)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Experiment:
     parts: int = 1
     """Micro-batches of an update."""
     devices: Devices = field(default_factory=Devices)
+    hosts: Hosts = field(default_factory=Hosts)
     every: int = 100
     """Steps (on-policy: iterations) between checkpoints."""
     evaluate: str = "development"
@@ -134,7 +137,8 @@ class Exam:
     """Greedy evaluation on the experiment's split."""
 
     def __init__(self, experiment: Experiment, shop: Workshop):
-        self._evaluator, self._seed = Evaluator(shop, *exam_split(experiment, shop)), experiment.seed
+        mesh = experiment.devices.mesh()
+        self._evaluator, self._seed = Evaluator(shop, *exam_split(experiment, shop), mesh), experiment.seed
 
     def score(self, actor: Decoder) -> dict[str, Any]:
         """EM with a 95 % bootstrap interval, F1, searches, and `each`: a 0 or 1 for the EM of every question."""

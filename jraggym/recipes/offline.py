@@ -18,6 +18,7 @@ from jraggym import steps
 from jraggym.checkpoint import Checkpointer
 from jraggym.data.process import ProcessRecord, open_dataset
 from jraggym.errors import InputError
+from jraggym.hosts import agreed, fetch, lead, share
 from jraggym.model_folder import Model
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import init
@@ -140,14 +141,16 @@ def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 1
     """The rows with the frozen decoder's log-probabilities, computed once and kept in `out`/reference-*.npy."""
     digest = hashlib.sha256(repr([(row.prompt, row.actions) for row in rows]).encode()).hexdigest()[:16]
     path = shop.out / f"reference-{digest}.npy"
-    if not path.exists():
+    if not agreed(path.exists()):
         run, found = jax.jit(lambda weights, batch: ready.net.logprobs(weights, batch)), []
         for at in range(0, len(rows), size):
-            found.append(np.asarray(run(ready.frozen, batch_of(shop, rows[at : at + size], size))))
+            found.append(np.asarray(fetch(run(ready.frozen, batch_of(shop, rows[at : at + size], size)))))
             shop.progress("reference", min(at + size, len(rows)), len(rows), None)
-        scratch = path.with_name(path.stem + ".tmp.npy")
-        np.save(scratch, np.concatenate(found)[: len(rows)])
-        scratch.replace(path)
+        if lead():
+            scratch = path.with_name(path.stem + ".tmp.npy")
+            np.save(scratch, np.concatenate(found)[: len(rows)])
+            scratch.replace(path)
+        share(None)  # it is written
     kept = np.load(path)
     return [dataclasses.replace(row, reference=kept[i].tolist()) for i, row in enumerate(rows)]
 
@@ -178,7 +181,7 @@ def judge_agreement(shop: Bench, ready: Placed, critic: Any, rows: Sequence[Row]
     net, size = dataclasses.replace(ready.net, lora=None), shop.settings.states
     count = jax.jit(lambda weights, batch: agreement(net.scores(weights, batch), batch))
     parts = [count(critic, batch_of(shop, rows[at : at + size], size)) for at in range(0, len(rows), size)]
-    total: Agreement = functools.reduce(operator.add, parts)
+    total: Agreement = fetch(functools.reduce(operator.add, parts))
     return total.summary() if float(total.pairs.sum()) else {"pairs": 0}
 
 

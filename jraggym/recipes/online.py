@@ -20,6 +20,7 @@ from jraggym.episodes import Rules
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
 from jraggym.gathering import Gatherer
+from jraggym.hosts import agreed, lead
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
@@ -118,8 +119,8 @@ def learn(
     """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
     value = _value(shop, ready) if isinstance(job.algorithm, PPO) else None
     name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
-    spent = {0: 0.0}
-    known = {point["iteration"] for point in curve.points()}
+    points, spent = agreed(curve.points()), {0: 0.0}
+    known = {point["iteration"] for point in points}
 
     def report(iteration: int, metrics: Mapping[str, float]) -> None:
         spent[iteration] = spent.get(iteration - 1, 0.0) + metrics["sampled_tokens"]
@@ -133,15 +134,16 @@ def learn(
     def evaluate(iteration: int, policy: Policy) -> None:
         if iteration not in known:  # else a killed run was here: it would be the same again
             point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **score(policy.actor)}
-            curve.put(point)
+            if lead():
+                curve.put(point)
             show(point)
 
-    for point in curve.points():
+    for point in points:
         show(point)
     checkpointer = Checkpointer(shop.out / "checkpoints")
     every = experiment.every
     state = train_on_policy(job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate)
-    result = {"curve": curve.points()}
+    result = {"curve": agreed(curve.points())}
     trained = state.policy.weights
     return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result
 

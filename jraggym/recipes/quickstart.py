@@ -16,6 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jax.sharding import Mesh
+
 from jraggym import steps
 from jraggym.batch import ProcessBatch
 from jraggym.collection import collect
@@ -23,6 +26,7 @@ from jraggym.data.plan import demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
+from jraggym.hosts import lead_first
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
@@ -34,6 +38,7 @@ from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
+from jraggym.sharding import split_over
 from jraggym.text.actions import format_action
 from jraggym.text.batching import EMPTY_ROW, Batches, Row, buckets, collate
 from jraggym.text.rendering import render_document
@@ -169,15 +174,17 @@ def collect_round(
         chunk=4 * settings.episodes,
         report=lambda done: shop.progress(name, done, len(examples), None),
     )
-    return list(build_dataset(folder / "dataset", records))
+    found = list(records)
+    return list(lead_first(lambda: build_dataset(folder / "dataset", found)))
 
 
-def collector(shop: Workshop, select: str = "reward") -> Rollout:
+def collector(shop: Workshop, select: str = "reward", mesh: Mesh | None = None) -> Rollout:
     """The rollout of a collection: the judge ranks K samples, and by default the best is executed."""
     settings = shop.settings
     sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
     rules = Rules(settings.max_turns, select, shop.task.judge, seed=settings.seed)
-    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
+    slots = split_over(mesh, settings.episodes)
+    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=slots, mesh=mesh)
 
 
 def labelled(shop: Bench, records: Iterable[ProcessRecord], *, shuffle: bool = False):
@@ -211,11 +218,11 @@ def shuffled(shop: Bench, rows: Sequence[Row]):
     return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
 
 
-def batch_of(shop: Bench, rows: Sequence[Row], size: int = 0) -> ProcessBatch:
-    """The rows, and empty ones behind them up to `size`."""
+def batch_of(shop: Bench, rows: Sequence[Row], size: int = 0, only: np.ndarray | None = None) -> ProcessBatch:
+    """The rows, and empty ones behind them up to `size`; with `only` just these of them."""
     settings, empty = shop.settings, [EMPTY_ROW] * (size - len(rows))
     shape = {"prompt": settings.max_prompt, "action": settings.max_action, "candidates": settings.contrasts}
-    return collate([*rows, *empty], **shape)
+    return collate([*rows, *empty], **shape, only=only)
 
 
 def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:

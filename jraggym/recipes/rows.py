@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jraggym.data.plan import oracle
 from jraggym.episodes import Retriever, Rules
 from jraggym.evaluation import Row, score
@@ -19,6 +21,7 @@ from jraggym.retrieval.hybrid import BrokenRetriever, HybridRetriever
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
+from jraggym.sharding import split_over
 from jraggym.types import Trajectory
 
 
@@ -102,7 +105,7 @@ def agents(shop: Workshop, models: Models) -> list[Agent]:
 class Evaluator:
     """Runs agents on one split; a compiled program for each way to draw, and one with a critic, serve all rows."""
 
-    def __init__(self, shop: Workshop, split: Split, retriever: HybridRetriever):
+    def __init__(self, shop: Workshop, split: Split, retriever: HybridRetriever, mesh: Mesh | None = None):
         settings = shop.settings
         self._shop, self._split, self._retriever = shop, split, retriever
         self._rules = Rules(settings.max_turns, seed=settings.seed)
@@ -111,8 +114,9 @@ class Evaluator:
             "one sample": Sampling(1, settings.max_action, settings.test_temperature),
             "K samples": Sampling(settings.candidates, settings.max_action, settings.test_temperature),
         }
+        slots = split_over(mesh, settings.episodes)
         self._rollouts = {
-            name: Rollout(shop.config, shop.codec, retriever, how, self._rules, batch=settings.episodes)
+            name: Rollout(shop.config, shop.codec, retriever, how, self._rules, batch=slots, mesh=mesh)
             for name, how in draws.items()
         }
 

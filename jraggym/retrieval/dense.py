@@ -59,9 +59,14 @@ class DenseIndex:
                 self._file.forget()
 
     def search(self, vectors: np.ndarray, k: int) -> np.ndarray:
-        """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first; calls no jax.
+        """Gives the positions of the k best for f32 [Q, D], int32 [Q, k], best first: the first half of `nearest`."""
+        return self.nearest(vectors, k)[0]
 
-        Equal similarities go by position. -1 fills up when k > n; a zero vector stands for no tokens and finds nothing.
+    def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gives positions int32 [Q, k] and distances f32 [Q, k] (a similarity with its sign turned), nearest first.
+
+        Equal similarities go by position. -1 and an infinite distance fill up when k > n; a zero vector stands for no
+        tokens and finds nothing.
 
         Raises:
           InputError: when the queries are not [Q, D] with the D of the index.
@@ -70,7 +75,7 @@ class DenseIndex:
         n, dim = self._vectors.shape
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise InputError(f"queries must be [Q, {dim}]", got=queries.shape, remedy="Use the encoder of the index.")
-        found = np.full((len(queries), k), -1, np.int32)
+        found, far = np.full((len(queries), k), -1, np.int32), np.full((len(queries), k), np.inf, np.float32)
         rows = np.flatnonzero(queries.any(axis=1))
         if len(rows):
             depth = min(k, n)
@@ -80,8 +85,9 @@ class DenseIndex:
             )
             if not exact:
                 distances = self._distances(queries[rows], positions)
-            found[rows, :depth] = _ordered(positions, distances)[:, :depth]
-        return found
+            positions, distances = _ordered(positions, distances)
+            found[rows, :depth], far[rows, :depth] = positions[:, :depth], distances[:, :depth]
+        return found, far
 
     def _candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions int64 [Q, count], -1 where ScaNN could not fill a place, and their distances by codes."""
@@ -145,6 +151,7 @@ def _build(vectors: np.ndarray, measure: str) -> scann_ops_pybind.ScannSearcher:
     return builder.score_ah(2, anisotropic_quantization_threshold=0.2).set_n_training_threads(1).build()
 
 
-def _ordered(positions: np.ndarray, distances: np.ndarray) -> np.ndarray:
+def _ordered(positions: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sorts each row by distance, then by position."""
-    return np.take_along_axis(positions, np.lexsort((positions, distances), axis=-1), axis=-1)
+    order = np.lexsort((positions, distances), axis=-1)
+    return np.take_along_axis(positions, order, axis=-1), np.take_along_axis(distances, order, axis=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -161,12 +161,16 @@ class Codec:
         return Row(prompt, [ids], [counts], [1.0], [True])
 
 
-def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, pad: int = 0) -> ProcessBatch:
+def collate(
+    rows: Sequence[Row], *, prompt: int, action: int, candidates: int, pad: int = 0, only: np.ndarray | None = None
+) -> ProcessBatch:
     """Pads rows to B = len(rows), P = `prompt` (left), K = `candidates`, A = `action` (right).
 
+    With `only` just these rows are in the batch, one process's part of it; which optional fields there are, all decide.
     Raises InputError when a row does not fit: nothing is cut silently.
     """
-    b, k = len(rows), candidates
+    built = rows if only is None else [rows[i] for i in only]
+    b, k = len(built), candidates
     batch = ProcessBatch(
         prompt=np.full((b, prompt), pad, np.int32),
         prompt_mask=np.zeros((b, prompt), bool),
@@ -179,7 +183,7 @@ def collate(rows: Sequence[Row], *, prompt: int, action: int, candidates: int, p
         reference_logprob=np.zeros((b, k, action), np.float32) if any(row.reference for row in rows) else None,
         token_reward=np.zeros((b, k, action), np.float32) if any(row.step_rewards for row in rows) else None,
     )
-    for i, row in enumerate(rows):
+    for i, row in enumerate(built):
         longest = row.sizes
         if longest[0] > prompt or longest[1] > action or len(row.actions) > k:
             raise InputError(
@@ -254,19 +258,29 @@ class Batches:
         return sum(-(-len(m) // shape.rows) for m, shape in zip(self._members, self._shapes, strict=True))
 
     def __getitem__(self, step: int) -> ProcessBatch:
+        return self._collate(*self._chosen(step))
+
+    def part(self, step: int, own: Callable[[int], np.ndarray]) -> tuple[ProcessBatch, int]:
+        """One process's rows of a batch, `own` of their number, and that number."""
+        which, chosen = self._chosen(step)
+        return self._collate(which, chosen, own(len(chosen))), len(chosen)
+
+    def _chosen(self, step: int) -> tuple[int, np.ndarray]:
+        """The bucket and the rows of a batch."""
         if step < self._short_first:
             per_epoch = -(-len(self._members[0]) // self._shapes[0].rows)
             epoch, place = divmod(step, per_epoch)
-            return self._collate(0, self._deal(np.random.default_rng((self._seed, epoch, 1)), 0)[place])
+            return 0, self._deal(np.random.default_rng((self._seed, epoch, 1)), 0)[place]
         epoch, place = divmod(step - self._short_first, self.epoch_steps)
         plan = self._plan  # read once: a loader's threads may ask for steps of different epochs
         if plan[0] != epoch:
             plan = self._plan = (epoch, self._epoch(epoch))
-        return self._collate(*plan[1][place])
+        return plan[1][place]
 
-    def _collate(self, which: int, chosen: np.ndarray) -> ProcessBatch:
+    def _collate(self, which: int, chosen: np.ndarray, only: np.ndarray | None = None) -> ProcessBatch:
         shape, rows = self._shapes[which], [self._rows[i] for i in chosen]
-        return collate(rows, prompt=shape.prompt, action=shape.action, candidates=self._candidates, pad=self._pad)
+        sizes = {"prompt": shape.prompt, "action": shape.action, "candidates": self._candidates}
+        return collate(rows, **sizes, pad=self._pad, only=only)
 
     def _fit(self, sizes: tuple[int, int]) -> int:
         for i, shape in enumerate(self._shapes):

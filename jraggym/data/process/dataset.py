@@ -28,7 +28,6 @@ from jraggym.types import Candidate, state_from_json, to_json
 if TYPE_CHECKING:
     import grain
 
-    from jraggym.batch import ProcessBatch
 
 NAME, VERSION, SPLIT = "jraggym_process", "2.0.0", "train"
 _NUMBERS, _LISTS = ("reward", "score", "logprob"), ("documents", "tokens", "logprobs")  # of a candidate, in its order
@@ -237,13 +236,13 @@ def batches(
     *,
     batch_size: int,
     seed: int,
-    to_batch: Callable[[Sequence[Any]], ProcessBatch],
-) -> grain.MapDataset:
+    to_batch: Callable[..., Any],
+) -> Shuffled:
     """An endless random-access dataset: `batches(...)[step]` is a pure function of (source, seed, step).
 
     Every epoch is another order of all records, each once. Batches go on over the end of an epoch, so that
-    all have `batch_size` records. To go on after a kill, read from the next step on. For prefetching
-    threads use its `to_iter_dataset()`.
+    all have `batch_size` records. To go on after a kill, read from the next step on. `to_batch` gets the records
+    of a batch; for one process's part of it, also `only`, the numbers of those that it is to build.
 
     Raises:
         InputError: `batch_size` is below 1 or there is no record.
@@ -254,5 +253,27 @@ def batches(
         raise InputError("a batch is too small", got=batch_size, remedy="Use batch_size=1 or more.")
     if not len(source):
         raise InputError("no process data to read", got="0 records", remedy="Collect some first.")
-    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    return records.batch(batch_size, batch_fn=to_batch)
+    return Shuffled(grain.MapDataset.source(source).seed(seed).shuffle().repeat(), batch_size, to_batch)
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """See `batches`."""
+
+    records: grain.MapDataset
+    size: int
+    to_batch: Callable[..., Any]
+
+    def __getitem__(self, step: int) -> Any:
+        return self.to_batch(self._chosen(step))
+
+    def part(self, step: int, own: Callable[[int], np.ndarray]) -> tuple[Any, int]:
+        """One process's rows of a batch, and how many rows it has in all."""
+        return self.to_batch(self._chosen(step), only=own(self.size)), self.size
+
+    def to_iter_dataset(self) -> grain.IterDataset:
+        """All batches from the first on, read ahead by threads."""
+        return self.records.batch(self.size, batch_fn=self.to_batch).to_iter_dataset()
+
+    def _chosen(self, step: int) -> list[Any]:
+        return [self.records[i] for i in range(step * self.size, (step + 1) * self.size)]
