@@ -12,7 +12,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Files that take minutes, the longest first: begun last, one of them would keep a worker while the others idle.
 LONG = tuple(
-    f"test_{name}.py" for name in ("quickstart", "serving", "entries", "preemption", "steps", "onpolicy", "packed")
+    f"test_{name}.py"
+    for name in ("quickstart", "serving", "entries", "preemption", "hosts", "steps", "onpolicy", "packed")
 )
 
 

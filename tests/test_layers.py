@@ -56,6 +56,7 @@ ROWS = {
 
 # (importer, imported) of the same row, where the first is built on the second
 SIBLINGS = [
+    ("configs.grpo_synthhop_steps", "configs.grpo_synthhop_outcome"),
     ("jraggym.text.*", "jraggym.text.actions"),
     ("jraggym.text.tokenizer", "jraggym.text.rendering"),
     ("jraggym.text.huggingface", "jraggym.text.tokenizer"),
