@@ -106,6 +106,22 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
     return jax.tree.map(lambda x: x if _named(x) else place(x, everywhere), state)
 
 
+def abstract_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """What `init_state` returns for such weights, as shapes, types and placement: nothing is in memory."""
+    named = _named(weights)
+    everywhere = NamedSharding(named[0].mesh, PartitionSpec()) if named else None
+
+    def like(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
+
+    def other(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    moments = jax.eval_shape(optimizer.init, weights)
+    moments = optax.tree_map_params(optimizer, like, moments, weights, transform_non_params=other)
+    return TrainState(other(jax.ShapeDtypeStruct((), jnp.int32)), weights, moments)
+
+
 def _named(tree: Any) -> list[NamedSharding]:
     """The shardings of the leaves that lie on a mesh."""
     places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
@@ -126,11 +142,15 @@ class Step:
     def __call__(
         self, state: TrainState, batch: Any, frozen: Any = None, seed: Array | int = 0
     ) -> tuple[TrainState, Metrics]:
+        return self.program(state)(state, batch, frozen, seed)
+
+    def program(self, state: TrainState) -> Any:
+        """The jitted update of states that lie as this one does, whose arrays may be abstract."""
         placement = tuple(_named(state))
         if placement not in self._jitted:
             where = (jax.tree.map(lambda x: x.sharding, state), None) if placement else None
             self._jitted[placement] = jax.jit(self._update, donate_argnums=0, out_shardings=where)
-        return self._jitted[placement](state, batch, frozen, seed)
+        return self._jitted[placement]
 
     @property
     def compilations(self) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from jraggym.models.attention import soft_cap
+from jraggym.sharding import RULES, batch_shards
 
 CHUNK = 2048  # tokens whose logits [CHUNK, V] exist at one time
 
@@ -34,6 +39,28 @@ def chunked_logprobs_and_entropy(
         return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - total, total - mean
 
     return _by_chunks(one, hidden, matrix, targets, cap)
+
+
+def on_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """function(matrix [D, V], *rows [B, ...]) -> results [B, ...], where on a mesh each device does its own rows.
+
+    Left to itself, XLA would cut the chunks across devices, and each device would compute the logits of all. The matrix
+    is gathered once; what of it is split over "tensor" stays so.
+    """
+    axes = RULES["batch"]
+    assert isinstance(axes, tuple)
+
+    def split(matrix: Array, *rows: Array) -> Any:
+        if mesh is None or rows[0].shape[0] % batch_shards(mesh):
+            return function(matrix, *rows)
+        row = PartitionSpec(axes)
+        given = (PartitionSpec(), *(row for _ in rows))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=given, out_specs=row, axis_names=set(axes), check_vma=False
+        )
+        return mapped(matrix, *rows)
+
+    return split
 
 
 def _by_chunks(function, hidden: Array, matrix: Array, targets: Array, cap: float | None):

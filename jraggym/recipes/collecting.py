@@ -29,9 +29,8 @@ def collect_data(experiment: Collect, shop: Workshop, start: Model, log: Log) ->
     """Writes `out`/data and returns what is in it."""
     examples = shop.task.train.examples
     fresh = examples[shop.settings.demonstrations + experiment.skip :] or examples[experiment.skip :]
-    records = collect_round(
-        shop, "data", start.weights, fresh[: experiment.questions], collector(shop, experiment.select)
-    )
+    rollout = collector(shop, experiment.select, experiment.devices.mesh())
+    records = collect_round(shop, "data", start.weights, fresh[: experiment.questions], rollout)
     rewards = [c.reward for record in records for c in record.candidates if c.reward is not None]
     found = {
         "states": len(records),

@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
+
 from jraggym import steps
 from jraggym.batch import ProcessBatch
 from jraggym.collection import collect
@@ -172,12 +174,12 @@ def collect_round(
     return list(build_dataset(folder / "dataset", records))
 
 
-def collector(shop: Workshop, select: str = "reward") -> Rollout:
+def collector(shop: Workshop, select: str = "reward", mesh: Mesh | None = None) -> Rollout:
     """The rollout of a collection: the judge ranks K samples, and by default the best is executed."""
     settings = shop.settings
     sampling = Sampling(settings.candidates, settings.max_action, settings.temperature)
     rules = Rules(settings.max_turns, select, shop.task.judge, seed=settings.seed)
-    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes)
+    return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=settings.episodes, mesh=mesh)
 
 
 def labelled(shop: Bench, records: Iterable[ProcessRecord], *, shuffle: bool = False):
