@@ -6,6 +6,7 @@ a shard, whenever they ask (`Once`). jax must not be called inside: it would wai
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,7 +57,10 @@ class HostCalls:
         def on_shard(step: Array, rows: Array, *arrays: Array) -> Any:
             results = self._results(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
-            return jax.pure_callback(on_host, results, step, rows, *map(_pieces, arrays))
+            # Flat, since JAX lowers results of different ranks for TPUs to a module that its verifier refuses.
+            flat = tuple(jax.ShapeDtypeStruct((math.prod(x.shape),), x.dtype) for x in results)
+            found = jax.pure_callback(on_host, flat, step, rows, *map(_pieces, arrays))
+            return tuple(x.reshape(result.shape) for x, result in zip(found, results, strict=True))
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
@@ -76,10 +80,10 @@ class HostCalls:
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
                 result = getattr(self._host, name)(int(step), np.asarray(rows), *arrays)
                 self._after(name)
-                return result
+                return tuple(np.ravel(x) for x in result)
             except Exception as failure:
                 self._failure = self._failure or failure
-        return tuple(np.zeros(result.shape, result.dtype) for result in results)
+        return tuple(np.zeros(math.prod(result.shape), result.dtype) for result in results)
 
 
 class Once:

@@ -61,8 +61,8 @@ class Job:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     with exit_on_input_error():
-        config = (tyro.conf.ConsolidateSubcommandArgs, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-        job = tyro.cli(Job, description=__doc__, config=config[:2])
+        config = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes)
+        job = tyro.cli(Job, description=__doc__, config=config)
         name = next(word for word in sys.argv[1:] if word in EXPERIMENTS)
         everything = [parse_topology(text) for text in job.topology]
         if job.markdown:

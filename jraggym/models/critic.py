@@ -51,11 +51,12 @@ def scores_of_hidden(
     if weights.likelihood is None:
         return score
 
-    def of_rows(matrix: Array, before: Array, targets: Array) -> Array:
+    def of_tokens(matrix: Array, before: Array, targets: Array) -> Array:
         flat = before.reshape(-1, before.shape[-1])
         return chunked_logprobs(flat, matrix, targets.reshape(-1), config.final_cap).reshape(targets.shape)
 
-    matrix = unembedding(weights.trunk).astype(hidden.dtype)
-    logprob = on_rows(of_rows, mesh)(matrix, hidden[:, :, :-1], tokens[:, :, 1:])
+    b, k, a = tokens[:, :, 1:].shape
+    matrix, before = unembedding(weights.trunk).astype(hidden.dtype), hidden[:, :, :-1].reshape(b, k * a, -1)
+    logprob = on_rows(of_tokens, mesh)(matrix, before, tokens[:, :, 1:].reshape(b, k * a)).reshape(b, k, a)
     logprob = jnp.where(mask[:, :, 1:], logprob, 0.0)
     return score + weights.likelihood * jnp.sum(logprob, axis=-1)

@@ -42,23 +42,19 @@ def chunked_logprobs_and_entropy(
 
 
 def on_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """function(matrix [D, V], *rows [B, ...]) -> results [B, ...], where on a mesh each device does its own rows.
+    """function(matrix [D, V], *tokens [B, T, ...]) -> results [B, T], where on a mesh each device does its own tokens.
 
     Left to itself, XLA would cut the chunks across devices, and each device would compute the logits of all. The matrix
-    is gathered once; what of it is split over "tensor" stays so.
+    is gathered once; over "tensor" the tokens of a row are split, not the vocabulary.
     """
-    axes = RULES["batch"]
-    assert isinstance(axes, tuple)
 
-    def split(matrix: Array, *rows: Array) -> Any:
-        if mesh is None or rows[0].shape[0] % batch_shards(mesh):
-            return function(matrix, *rows)
-        row = PartitionSpec(axes)
-        given = (PartitionSpec(), *(row for _ in rows))
-        mapped = jax.shard_map(
-            function, mesh=mesh, in_specs=given, out_specs=row, axis_names=set(axes), check_vma=False
-        )
-        return mapped(matrix, *rows)
+    def split(matrix: Array, *tokens: Array) -> Any:
+        b, t = tokens[0].shape[:2]
+        if mesh is None or mesh.size == 1 or b % batch_shards(mesh):
+            return function(matrix, *tokens)
+        place = PartitionSpec(RULES["batch"], None if t % mesh.shape["tensor"] else "tensor")
+        given = (PartitionSpec(), *(place for _ in tokens))
+        return jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=place, check_vma=False)(matrix, *tokens)
 
     return split
 

@@ -40,7 +40,7 @@ def token_logprobs(
     """Log-probabilities [B, K, A] of the tokens in `loss_mask`, in nats, and 0 elsewhere.
 
     Only the states before such tokens meet the vocabulary matrix. `capacity` is a static upper bound on how many
-    there are in the batch, and on a mesh in each device's rows (default: all B * K * A positions); more than that
+    there are in the batch, and on a mesh in each device's part (default: all B * K * A positions); more than that
     gives NaN, never a silent cut. `mesh` is where batch and weights lie.
     """
     return _read_tokens(chunked_logprobs, weights, config, batch, capacity, mesh)
@@ -112,7 +112,7 @@ def _read_tokens(
 ):
     hidden = _hidden(weights, config, batch, mesh)[:, :, :-1]
 
-    def of_rows(matrix: Array, hidden: Array, own: Array, action: Array) -> Any:
+    def of_tokens(matrix: Array, hidden: Array, own: Array, action: Array) -> Any:
         wanted = own.reshape(-1)
         size = min(capacity or wanted.size, wanted.size)
         (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
@@ -126,5 +126,8 @@ def _read_tokens(
 
         return jax.tree.map(back, read(rows, matrix, targets, config.final_cap))
 
-    matrix = unembedding(weights).astype(hidden.dtype)
-    return on_rows(of_rows, mesh)(matrix, hidden, batch.loss_mask & batch.action_mask, batch.action)
+    b, k, a = batch.action.shape
+    tokens = (hidden, batch.loss_mask & batch.action_mask, batch.action)
+    flat = (x.reshape(b, k * a, *x.shape[3:]) for x in tokens)
+    found = on_rows(of_tokens, mesh)(unembedding(weights).astype(hidden.dtype), *flat)
+    return jax.tree.map(lambda x: x.reshape(b, k, a), found)

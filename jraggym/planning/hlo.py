@@ -75,6 +75,8 @@ class Module:
         types = {i.name: i.type for i in self.computations[name]}
         for instruction in self.computations[name]:
             kind = instruction.opcode.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # how the TPU's compiler writes one
             if kind in KINDS:
                 self._exchange(instruction, kind, types, times)
             if instruction.opcode == "while":

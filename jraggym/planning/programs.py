@@ -71,13 +71,6 @@ class _Models:
     net: Network
     weights: Any
     frozen: Any
-    mesh: Mesh
-
-    def placed(self, table: Any) -> Any:
-        return abstract_weights(table, self.mesh)
-
-    def spread(self, tree: Any) -> Any:
-        return _spread(tree, self.mesh)
 
 
 def abstract_weights(table: Any, mesh: Mesh) -> Any:
@@ -94,10 +87,10 @@ def _models(experiment: Experiment, mesh: Mesh) -> _Models:
     net = Network(config, lora, experiment.parts, mesh)
     frozen = abstract_weights(specs(config), mesh)
     weights = frozen if lora is None else abstract_weights(lora_specs(config, lora), mesh)
-    return _Models(net, weights, frozen, mesh)
+    return _Models(net, weights, frozen)
 
 
-def _spread(tree: Any, mesh: Mesh) -> Any:
+def spread(tree: Any, mesh: Mesh) -> Any:
     """The shapes of arrays whose rows are split over the mesh; they must be a multiple of its shards."""
     where, shards = batch_sharding(mesh), batch_shards(mesh)
     rows = jax.tree.leaves(tree)[0].shape[0]
@@ -116,7 +109,8 @@ def _check_parts(rows: int, parts: int, mesh: Mesh) -> None:
         raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy="Lower --parts, or add rows.")
 
 
-def _empty(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
+def empty_batch(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
+    """A batch of such sizes, as training collates it."""
     return collate([EMPTY_ROW] * rows, prompt=prompt, action=action, candidates=candidates)
 
 
@@ -148,16 +142,16 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         bucket = max(buckets(settings.edges, settings.tokens, 1), key=lambda b: b.rows * (b.prompt + b.action))
         rows = (bucket.rows, bucket.prompt, bucket.action, 1)
     _check_parts(rows[0], experiment.parts, mesh)
-    batch = _empty(*rows)
+    batch = empty_batch(*rows)
     if isinstance(experiment, Dpo) and experiment.keep_reference:
         batch = batch.replace(reference_logprob=batch.behaviour_logprob)  # type: ignore[attr-defined]
     weights = models.weights
     if isinstance(experiment, CriticTraining):
         table = critic_table(models.net, likelihood=experiment.likelihood)
-        weights = models.placed(table)
+        weights = abstract_weights(table, mesh)
     objective = objective_of(experiment, models.net)
     trace, _, held = _update(
-        "step", objective, experiment.optimization, weights, models.spread(batch), models.frozen, {}
+        "step", objective, experiment.optimization, weights, spread(batch, mesh), models.frozen, {}
     )
     return [Program("step", trace, held, _tokens(batch))]
 
@@ -166,18 +160,18 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     """The rollout, the experience that is made of it, and the updates. All states lie in memory all the time."""
     models, schedule, how = _models(experiment, mesh), experiment.schedule, experiment.algorithm
     _check_parts(schedule.rows, experiment.parts, mesh)
-    every = _empty(schedule.rows * schedule.updates, schedule.prompt, schedule.action, schedule.candidates)
-    batch = _empty(schedule.rows, schedule.prompt, schedule.action, schedule.candidates)
+    every = empty_batch(schedule.rows * schedule.updates, schedule.prompt, schedule.action, schedule.candidates)
+    batch = empty_batch(schedule.rows, schedule.prompt, schedule.action, schedule.candidates)
     values, weights = batch.behaviour_logprob, models.weights
     critics = how if isinstance(how, PPO) else None
     kept = values if how.loss.kl_weight else None
     full = critics and values
     made = Experience(batch, values, values, kept, full, full)
-    part = models.spread(made)
+    part = spread(made, mesh)
     policy = steps.policy(models.net, how.loss)
     trace, state, held = _update("policy", policy, experiment.optimization, weights, part, models.frozen, {})
     makers = dataclasses.replace(models.net, parts=experiment.parts * schedule.updates)
-    fresh = models.spread(every)
+    fresh = spread(every, mesh)
     if critics is None:
         experience = lambda: grpo_experience(makers, how).trace(weights, models.frozen, fresh)  # noqa: E731
         others: dict[str, Any] = {}
@@ -190,7 +184,7 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
             "value",
             objective,
             rate,
-            models.placed(table),
+            abstract_weights(table, mesh),
             part,
             models.frozen,
             {"policy": (state.weights, state.optimizer)},

@@ -76,6 +76,8 @@ class Topology:
     def _devices(self) -> list[Any]:
         # On a machine without a TPU, libtpu would ask the cloud's metadata server what it runs on, and wait for it.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # It also lets one process of a machine have the TPU: here several may compile at the same time.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
         more = {"num_slices": self.slices} if self.slices > 1 else {}
         try:
