@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jraggym.errors import InputError
@@ -42,7 +43,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
         got = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         remedy = f"There are {there} devices: choose sizes whose product is at most that."
         raise InputError("the mesh does not fit the devices", got=got, remedy=remedy)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=AXIS_TYPES, devices=devices)
+    chosen = list(jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    # An axis may be a part of a torus' axis: 8 x 8 chips of a torus of 4 x 4 x 4.
+    return mesh_of(mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True))
 
 
 def mesh_of(devices: np.ndarray) -> Mesh:

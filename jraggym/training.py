@@ -108,18 +108,17 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
 
 def abstract_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """What `init_state` returns for such weights, as shapes, types and placement: nothing is in memory."""
-    named = _named(weights)
+    named, places = _named(weights), dict(jax.tree_util.tree_leaves_with_path(weights))
     everywhere = NamedSharding(named[0].mesh, PartitionSpec()) if named else None
 
-    def like(leaf: Any, weight: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
+    def put(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        """A moment has its weight's place in the tree, behind its own name, and its shape."""
+        own = [places[path[i:]] for i in range(len(path)) if path[i:] in places]
+        where = own[0].sharding if own and own[0].shape == leaf.shape else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    def other(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-
-    moments = jax.eval_shape(optimizer.init, weights)
-    moments = optax.tree_map_params(optimizer, like, moments, weights, transform_non_params=other)
-    return TrainState(other(jax.ShapeDtypeStruct((), jnp.int32)), weights, moments)
+    moments = jax.tree_util.tree_map_with_path(put, jax.eval_shape(optimizer.init, weights))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), weights, moments)
 
 
 def _named(tree: Any) -> list[NamedSharding]:

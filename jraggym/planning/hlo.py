@@ -150,12 +150,11 @@ class Module:
             given = types.get(fusion.operands[int(parameter.operands[0])], "")
             if not size_of(given, main=True):
                 continue
-            using = users[parameter.name]
-            if using and all(u.opcode in ("dynamic-slice", "slice") for u in using):
-                total += sum(size_of(u.type) for u in using)
-            elif not (
-                using and all(u.opcode == "dynamic-update-slice" and u.operands[0] == parameter.name for u in using)
-            ):
+            first = [u for u in users[parameter.name] if u.operands[0] == parameter.name]
+            using = {u.opcode for u in users[parameter.name]} if len(first) == len(users[parameter.name]) else set()
+            if using and using <= {"dynamic-slice", "slice"}:
+                total += sum(size_of(u.type) for u in first)
+            elif using != {"dynamic-update-slice"}:
                 total += size_of(given, main=True)
         root = next(i for i in lines if i.root)
         written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]

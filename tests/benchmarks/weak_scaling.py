@@ -1,4 +1,4 @@
-"""Exchanges of one DPO step on 1, 2, 4 and 8 fake CPU devices with as many rows each, counted in the compiled program.
+"""Exchanges of one SFT step on 1, 2, 4 and 8 fake CPU devices with as many rows each, counted in the compiled program.
 
     python tests/benchmarks/weak_scaling.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from jraggym.models.decoder import DecoderConfig, specs
 from jraggym.planning.hlo import Collective, parse
 from jraggym.planning.programs import abstract_weights, empty_batch, spread
 from jraggym.sharding import MESH_AXES, make_mesh
-from jraggym.steps import Network, dpo
+from jraggym.steps import Network, sft
 from jraggym.training import Optimization, Step, abstract_state
 
-CONFIG = DecoderConfig(vocab=256, model=64, layers=3, query_heads=8, kv_heads=8, head_dim=8, feed_forward=128)
+CONFIG = DecoderConfig(vocab=256, model=64, layers=2, query_heads=8, kv_heads=8, head_dim=8, feed_forward=128)
 
 
 def exchanges(axis: str, devices: int, rows: int = 2) -> list[Collective]:
@@ -34,15 +35,15 @@ def exchanges(axis: str, devices: int, rows: int = 2) -> list[Collective]:
     mesh = make_mesh(*(devices if name == axis else 1 for name in MESH_AXES))
     weights, optimizer = abstract_weights(specs(CONFIG), mesh), Optimization(10, matrix_rate=0.0).build()
     batch = spread(empty_batch(rows * devices, prompt=16, action=8, candidates=2), mesh)
-    step, state = Step(dpo(Network(CONFIG, mesh=mesh)), optimizer), abstract_state(weights, optimizer)
+    step, state = Step(sft(Network(CONFIG, mesh=mesh)), optimizer), abstract_state(weights, optimizer)
     compiled = step.program(state).trace(state, batch, weights, 0).lower().compile()
     return parse(compiled.as_text(), devices).collectives
 
 
-def table(axis: str) -> list[dict[str, Any]]:
+def table(axis: str, sizes: Sequence[int] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
     """A row for each number of devices: how many exchanges, and their bytes on a device, by kind."""
     found = []
-    for devices in (1, 2, 4, 8):
+    for devices in sizes:
         made = exchanges(axis, devices)
         kinds = sorted({c.kind for c in made})
         total = {kind: sum(c.times * c.bytes for c in made if c.kind == kind) for kind in kinds}
