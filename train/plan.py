@@ -159,9 +159,8 @@ def text(one: Plan) -> str:
         lines.append("  change: " + "; or ".join(one.remedies()))
     if one.times is None:
         return "\n".join(lines)
-    lines.append(
-        f"  {one.flops / 1e15:.2f} PFLOP ({one.useful / max(one.flops, 1):.0%} of them not repeated), {one.tokens:,} tokens"
-    )
+    needed = f"{one.useful / max(one.flops, 1):.0%} of them not repeated"
+    lines.append(f"  {one.flops / 1e15:.2f} PFLOP ({needed}), {one.tokens:,} tokens")
     lines.append(f"  each chip: {one.traffic / 1e9:.1f} GB through HBM")
     lines += [f"    {count:6d} x {kind:20s}{size / 1e9:8.2f} GB" for kind, (count, size) in one.by_kind().items()]
     times, (low, high) = one.times, one.times.mfu

@@ -140,22 +140,12 @@ class Module:
 
     def _fused(self, fusion: Instruction, types: dict[str, str]) -> float:
         """A fusion's operands and results; of one that is only sliced, or updated in place, the slice."""
-        lines = self.computations[str(fusion.called("calls"))]
+        name = str(fusion.called("calls"))
+        lines = self.computations[name]
         inner, total = {i.name: i for i in lines}, 0.0
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for line in lines:
-            for operand in line.operands:
-                users[operand].append(line)
         for parameter in (i for i in lines if i.opcode == "parameter"):
-            given = types.get(fusion.operands[int(parameter.operands[0])], "")
-            if not size_of(given, main=True):
-                continue
-            first = [u for u in users[parameter.name] if u.operands[0] == parameter.name]
-            using = {u.opcode for u in users[parameter.name]} if len(first) == len(users[parameter.name]) else set()
-            if using and using <= {"dynamic-slice", "slice"}:
-                total += sum(size_of(u.type) for u in first)
-            elif using != {"dynamic-update-slice"}:
-                total += size_of(given, main=True)
+            given = size_of(types.get(fusion.operands[int(parameter.operands[0])], ""), main=True)
+            total += min(given, self._read(name, parameter)) if given else 0
         root = next(i for i in lines if i.root)
         written = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for line, (kind, sizes, fast) in zip(written, shapes(fusion.type), strict=False):
@@ -163,6 +153,25 @@ class Module:
                 update = line.opcode == "dynamic-update-slice"
                 total += size_of(inner[line.operands[1]].type) if update else _bytes(kind, sizes)
         return total
+
+    def _read(self, computation: str, value: Instruction) -> float:
+        """Bytes of a value that a fused computation reads: what it slices out of it, or all of it."""
+        found = 0.0
+        for line in self.computations[computation]:
+            if value.name not in line.operands:
+                continue
+            first = line.operands[0] == value.name
+            if line.opcode in ("dynamic-slice", "slice") and first:
+                found += size_of(line.type)
+            elif line.opcode == "bitcast":
+                found += self._read(computation, line)
+            elif line.opcode == "fusion":
+                name, place = str(line.called("calls")), line.operands.index(value.name)
+                inside = (i for i in self.computations[name] if i.opcode == "parameter" and int(i.operands[0]) == place)
+                found += self._read(name, next(inside))
+            elif not (line.opcode == "dynamic-update-slice" and first):
+                return size_of(value.type)
+        return min(found, size_of(value.type))
 
 
 def parse(text: str, devices: int, trips: Sequence[int] = ()) -> Module:
