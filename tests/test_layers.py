@@ -173,6 +173,7 @@ SIBLINGS = [
     ("jraggym.planning.*", "jraggym.planning.topologies"),
     ("jraggym.planning.costs", "jraggym.planning.hlo"),
     ("jraggym.planning.plan", "jraggym.planning.programs"),
+    ("configs.llama_70b", "configs.llama_8b"),
     ("train.*", "train.results"),
     ("train.*", "train.job"),
     ("train.*", "eval.report"),

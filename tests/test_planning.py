@@ -283,8 +283,10 @@ def test_parts_of_memory_add_up_to_the_peak():
 
 def test_the_compilers_refusal_is_read():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.34G of 15.75G hbm. Exceeded by 17.59G."
-    assert refusal(text) == (33.34 * GIB, 15.75 * GIB)
-    assert refusal("something else") is None
+    assert refusal(text, GIB) == (33.34 * GIB, 15.75 * GIB)
+    text = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (68.01G) exceeds available HBM (15.75G)."
+    assert refusal(text, 2 * GIB) == (70.01 * GIB, 15.75 * GIB)
+    assert refusal("something else", GIB) is None
 
 
 def test_seconds_of_exchanges():
@@ -406,18 +408,31 @@ def test_a_step_that_is_too_large_is_refused_with_what_to_change(small):
     assert found.remedies()
 
 
-@needs_libtpu
-def test_the_entry_says_by_its_exit_code_whether_it_fits(monkeypatch, capsys):
+@pytest.mark.parametrize(("temporaries", "code"), [(1, None), (20, 1)])
+def test_the_entry_says_by_its_exit_code_whether_it_fits(monkeypatch, capsys, temporaries, code):
+    from train import plan as entry
+
+    monkeypatch.setattr(entry, "plan", lambda *_, **__: iter([_plan("x", temporaries)]))
+    words = "train.plan dpo-llama-8b --topology v5e:2x2 --settings.model.remat dots --devices.fsdp 4"
+    monkeypatch.setattr("sys.argv", words.split())
+    if code is None:
+        entry.main()
+        assert "fits; HBM of a chip 15.75 GiB, free 13.75 GiB" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        assert ended.value.code == code
+        assert "change: --settings.model.remat layer" in capsys.readouterr().out
+
+
+def test_the_entry_refuses_a_wrong_topology(monkeypatch, capsys):
     from train.plan import main
 
-    words = "train.plan sft-synthhop --topology v5e:2x2 --settings.tokens 4096 --settings.edges 32 96".split()
-    monkeypatch.setattr("sys.argv", words)
-    main()
-    assert "fits; HBM of a chip 15.75 GiB" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*words[:2], "--topology", "v5e:nowhere"])
+    monkeypatch.setattr("sys.argv", "train.plan sft-llama-8b --topology v5e:nowhere".split())
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
+    assert "error: no topology; got 'v5e:nowhere'" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -74,10 +74,16 @@ def parts_of_memory(
     return {**parts, "temporaries": temporary + other}
 
 
-def refusal(text: str) -> tuple[float, float] | None:
-    """(bytes needed, bytes there) from the compiler's message that a program does not fit; None for another one."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", text)
-    if found is None:
+def refusal(text: str, held: float) -> tuple[float, float] | None:
+    """(bytes needed, bytes there) from the compiler's message that a program does not fit; None for another one.
+
+    It tells of all that is needed, or of the temporaries alone, which come to the bytes `held` all the time.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    everything = re.search(rf"Used {size} of {size} hbm", text)
+    temporaries = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", text)
+    if (found := everything or temporaries) is None:
         return None
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-    return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    needed, there = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    return needed + (0.0 if everything else held), there

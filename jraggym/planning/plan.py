@@ -13,7 +13,7 @@ from jraggym.errors import InputError
 from jraggym.planning.costs import Roofline, roofline
 from jraggym.planning.flops import count_flops
 from jraggym.planning.hlo import Collective, parse
-from jraggym.planning.memory import kept_for_backward, parts_of_memory, refusal
+from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of_memory, refusal
 from jraggym.planning.programs import Program, programs, without_recomputation
 from jraggym.planning.topologies import GIB, Topology
 from jraggym.recipes.experiment import Devices, Experiment
@@ -115,7 +115,7 @@ def _plan(experiment: Experiment, topology: Topology, mesh: Any, program: Progra
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:
-        if (found := refusal(str(error))) is None:
+        if (found := refusal(str(error), bytes_on_device(program.held))) is None:
             raise
         missing = parts_of_memory(program.held, None, kept, program.cache, needed=found[0])
         message = f"needs {found[0] / GIB:.1f} GiB of {found[1] / GIB:.1f}"
