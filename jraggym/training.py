@@ -118,7 +118,8 @@ def abstract_state(weights: Any, optimizer: optax.GradientTransformation) -> Tra
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     moments = jax.tree_util.tree_map_with_path(put, jax.eval_shape(optimizer.init, weights))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), weights, moments)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(step, weights, moments)
 
 
 def _named(tree: Any) -> list[NamedSharding]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jraggym.errors import exit_on_input_error
 from jraggym.planning.costs import ASSUMPTIONS
-from jraggym.planning.plan import Plan, best, fitted, plan, search
+from jraggym.planning.plan import HELD, Plan, best, fitted, plan, search
 from jraggym.planning.topologies import GIB, Topology, parse_topology
 from train import collect, critic, dpo, grpo, ppo, sft
 
@@ -124,9 +124,6 @@ def line(one: Plan) -> str:
     if one.times is None or not one.fits:
         return f"{where}: {one.message or f'lacks {-one.margin / GIB:.1f} GiB'}"
     return f"{where}: {one.margin / GIB:.1f} GiB free, {one.times.best:.2f} to {one.times.in_turn:.2f} s"
-
-
-HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy")
 
 
 def row(one: Plan) -> str:

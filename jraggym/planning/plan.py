@@ -19,6 +19,8 @@ from jraggym.planning.topologies import GIB, Topology
 from jraggym.recipes.experiment import Devices, Experiment
 from jraggym.sharding import batch_shards
 
+HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy", "merged actor")  # in memory all the time
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,8 +67,7 @@ class Plan:
     def remedies(self) -> list[str]:
         """What to change where it does not fit, the likeliest first."""
         largest = max(self.memory, key=lambda name: self.memory[name])
-        states = ("weights", "optimiser", "frozen", "value function", "policy")
-        held = sum(size for name, size in self.memory.items() if name in states)
+        held = sum(size for name, size in self.memory.items() if name in HELD)
         more = "a larger topology"
         if held > 0.6 * self.topology.chip.hbm:
             split = "--devices.fsdp and --devices.tensor over all chips" if self.devices.data > 1 else more

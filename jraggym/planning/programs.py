@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +29,7 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import batch_sharding, batch_shards, shardings
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, buckets, collate
-from jraggym.training import Optimization, Step, TrainState, abstract_state
+from jraggym.training import Optimization, Step, abstract_state
 
 
 @dataclass(frozen=True)
@@ -118,21 +117,20 @@ def _tokens(batch: ProcessBatch) -> int:
     return batch.prompt.size + batch.action.size
 
 
-def _update(
-    name: str,
-    objective: Any,
-    optimization: Optimization,
-    weights: Any,
-    batch: Any,
-    frozen: Any,
-    more: Mapping[str, Any],
-) -> tuple[Callable[[], Any], TrainState, dict[str, Any]]:
-    """How to trace a step, its state and what it holds."""
-    optimizer = optimization.build()
-    state = abstract_state(weights, optimizer)
-    step = Step(objective, optimizer)
-    held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": frozen, "batch": batch, **more}
-    return lambda: step.program(state).trace(state, batch, frozen, 0), state, held
+class _Update:
+    """A step on a batch: its state, and how it is traced."""
+
+    def __init__(self, objective: Any, optimization: Optimization, weights: Any, batch: Any, frozen: Any):
+        optimizer = optimization.build()
+        self.state = abstract_state(weights, optimizer)
+        self._step, self._batch, self._frozen = Step(objective, optimizer), batch, frozen
+
+    def trace(self) -> Any:
+        return self._step.program(self.state).trace(self.state, self._batch, self._frozen, 0)
+
+    def program(self, name: str, tokens: int, more: Mapping[str, Any] | None = None) -> Program:
+        held = {"weights": self.state.weights, "optimiser": self.state.optimizer, "frozen": self._frozen}
+        return Program(name, self.trace, {**held, "batch": self._batch, **(more or {})}, tokens)
 
 
 def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program]:
@@ -150,58 +148,47 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         table = critic_table(models.net, likelihood=experiment.likelihood)
         weights = abstract_weights(table, mesh)
     objective = objective_of(experiment, models.net)
-    trace, _, held = _update(
-        "step", objective, experiment.optimization, weights, spread(batch, mesh), models.frozen, {}
-    )
-    return [Program("step", trace, held, _tokens(batch))]
+    update = _Update(objective, experiment.optimization, weights, spread(batch, mesh), models.frozen)
+    return [update.program("step", _tokens(batch))]
 
 
 def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     """The rollout, the experience that is made of it, and the updates. All states lie in memory all the time."""
     models, schedule, how = _models(experiment, mesh), experiment.schedule, experiment.algorithm
     _check_parts(schedule.rows, experiment.parts, mesh)
-    every = empty_batch(schedule.rows * schedule.updates, schedule.prompt, schedule.action, schedule.candidates)
-    batch = empty_batch(schedule.rows, schedule.prompt, schedule.action, schedule.candidates)
-    values, weights = batch.behaviour_logprob, models.weights
-    critics = how if isinstance(how, PPO) else None
-    kept = values if how.loss.kl_weight else None
-    full = critics and values
-    made = Experience(batch, values, values, kept, full, full)
-    part = spread(made, mesh)
-    policy = steps.policy(models.net, how.loss)
-    trace, state, held = _update("policy", policy, experiment.optimization, weights, part, models.frozen, {})
-    makers = dataclasses.replace(models.net, parts=experiment.parts * schedule.updates)
-    fresh = spread(every, mesh)
-    if critics is None:
-        experience = lambda: grpo_experience(makers, how).trace(weights, models.frozen, fresh)  # noqa: E731
-        others: dict[str, Any] = {}
-        updates = [Program("policy step", trace, held, _tokens(batch))]
+    sizes = (schedule.prompt, schedule.action, schedule.candidates)
+    every, batch = (empty_batch(rows, *sizes) for rows in (schedule.rows * schedule.updates, schedule.rows))
+    values, fresh = batch.behaviour_logprob, spread(every, mesh)
+    ppo = values if isinstance(how, PPO) else None
+    made = Experience(batch, values, values, values if how.loss.kl_weight else None, ppo, ppo)
+    part, tokens = spread(made, mesh), _tokens(batch)
+    makers = replace(models.net, parts=experiment.parts * schedule.updates)
+    policy = _Update(steps.policy(models.net, how.loss), experiment.optimization, models.weights, part, models.frozen)
+    state, others, updates, given = policy.state, {}, [], (fresh,)
+    make: Any
+    if isinstance(how, PPO):
+        assert isinstance(experiment, Ppo)
+        objective = steps.value(models.net, clip=how.value_clip, leaky=how.leaky)
+        table = abstract_weights(critic_table(models.net), mesh)
+        value = _Update(objective, experiment.value_optimization, table, part, models.frozen)
+        others = {"value function": (value.state.weights, value.state.optimizer)}
+        updates = [value.program("value step", tokens, {"policy": (state.weights, state.optimizer)})]
+        make, weights = ppo_experience_maker(makers, how), (models.weights, table)
+        given = (fresh, jax.ShapeDtypeStruct((), jnp.float32))
     else:
-        table = critic_table(models.net)
-        objective = steps.value(models.net, clip=critics.value_clip, leaky=critics.leaky)
-        rate = experiment.value_optimization if isinstance(experiment, Ppo) else experiment.optimization
-        value_trace, value_state, value_held = _update(
-            "value",
-            objective,
-            rate,
-            abstract_weights(table, mesh),
-            part,
-            models.frozen,
-            {"policy": (state.weights, state.optimizer)},
-        )
-        others = {"value function": (value_state.weights, value_state.optimizer)}
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        experience = lambda: ppo_experience_maker(makers, critics).trace(  # noqa: E731
-            weights, value_state.weights, models.frozen, fresh, scalar
-        )
-        updates = [
-            Program("policy step", trace, {**held, **others}, _tokens(batch)),
-            Program("value step", value_trace, value_held, _tokens(batch)),
-        ]
-    resident = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
-    drawn = 1 if experiment.whole else schedule.candidates
-    rollout = _rollout(experiment, mesh, drawn, experiment.slots, resident)
-    return [rollout, Program("experience", experience, {**resident, "batch": fresh}, _tokens(every)), *updates]
+        make, weights = grpo_experience(makers, how), (models.weights,)
+    held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
+    merged = {"merged actor": models.frozen} if models.net.lora else {}
+    return [
+        _rollout(
+            experiment, mesh, 1 if experiment.whole else schedule.candidates, experiment.slots, {**held, **merged}
+        ),
+        Program(
+            "experience", lambda: make.trace(*weights, models.frozen, *given), {**held, "batch": fresh}, _tokens(every)
+        ),
+        policy.program("policy step", tokens, others),
+        *updates,
+    ]
 
 
 class _Retriever:

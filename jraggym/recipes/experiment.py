@@ -125,7 +125,7 @@ def placed_decoder(experiment: Experiment, shop: Bench, start: Decoder) -> Place
 
 def critic_table(net: Network, *, likelihood: bool = False) -> Any:
     """The table of what is trained of a critic or a value function: under LoRA the trunk's adapters, and the head."""
-    table = critic_specs(net.config, likelihood=likelihood)
+    table: Any = critic_specs(net.config, likelihood=likelihood)
     return table if net.lora is None else dataclasses.replace(table, trunk=lora_specs(net.config, net.lora))
 
 
