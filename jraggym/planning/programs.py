@@ -164,8 +164,10 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     part, tokens = spread(made, mesh), _tokens(batch)
     makers = replace(models.net, parts=experiment.parts * schedule.updates)
     policy = _Update(steps.policy(models.net, how.loss), experiment.optimization, models.weights, part, models.frozen)
-    state, others, updates, given = policy.state, {}, [], (fresh,)
+    state, others, updates = policy.state, {}, []
     make: Any
+    given: tuple[Any, ...] = (fresh,)
+    weights: tuple[Any, ...] = (models.weights,)
     if isinstance(how, PPO):
         assert isinstance(experiment, Ppo)
         objective = steps.value(models.net, clip=how.value_clip, leaky=how.leaky)
@@ -176,7 +178,7 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
         make, weights = ppo_experience_maker(makers, how), (models.weights, table)
         given = (fresh, jax.ShapeDtypeStruct((), jnp.float32))
     else:
-        make, weights = grpo_experience(makers, how), (models.weights,)
+        make = grpo_experience(makers, how)
     held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
     merged = {"merged actor": models.frozen} if models.net.lora else {}
     return [
