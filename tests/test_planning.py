@@ -227,9 +227,9 @@ def test_exchanges_under_weak_scaling_grow_as_theory_says(axis):
 
     two, eight = table(axis, (2, 8))
     total = [sum(row["bytes"].values()) for row in (two, eight)]
-    if axis == "data":  # every gradient once, and some numbers for the loss, however many devices
+    if axis == "data":  # every gradient once for the prompts' pass and once for the branches', on any number of devices
         assert two["count"] == eight["count"]
-        assert weight_bytes() <= eight["bytes"]["all-reduce"] < 1.5 * weight_bytes()
+        assert weight_bytes() <= eight["bytes"]["all-reduce"] < 2.5 * weight_bytes()
         assert total[0] == pytest.approx(total[1], rel=0.01)
     elif axis == "fsdp":  # no more exchanges of more devices
         assert two["count"] == eight["count"]

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/weak_scaling.py
 
-data      every device holds all weights: one exchange of all gradients, however many devices
+data      every device holds all weights: all gradients are exchanged, those of the prompts' pass and those of the
+          branches' pass each, on any number of devices
 fsdp      each holds a part: weights are gathered before use, gradients come back; the same bytes however many devices
 tensor    each layer's partial products are added up; rows are not split, so that bytes grow with them
 """
