@@ -70,8 +70,8 @@ class Plan:
         held = sum(size for name, size in self.memory.items() if name in HELD)
         more = "a larger topology"
         if held > 0.6 * self.topology.chip.hbm:
-            split = "--devices.fsdp and --devices.tensor over all chips" if self.devices.data > 1 else more
-            return [split, "--lora.rank 16 (no moments and gradients of whole matrices)", more]
+            split = ["--devices.fsdp and --devices.tensor over all chips"] if self.devices.data > 1 else []
+            return [*split, "--lora.rank 16 (no moments and gradients of whole matrices)", more]
         found = [] if self.remat == "layer" else ["--settings.model.remat layer"]
         if largest == "KV cache":
             found += ["fewer --slots or --settings.episodes", "--devices.tensor higher"]
