@@ -7,6 +7,7 @@ not be called inside: it would wait for the very program that waits here.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,8 +62,11 @@ class HostCalls:
             results = self._results(name, rows.shape[0])
             on_host = partial(self._on_host, name, results, [x.shape for x in arrays])
             replica = jax.lax.axis_index(copies) if copies else jnp.int32(0)
-            found = jax.pure_callback(on_host, results, replica, step, rows, *map(pieces, arrays))
-            return tuple(jax.lax.all_gather(x, copies)[0] for x in found) if copies else found
+            # Flat, since JAX lowers results of different ranks for TPUs to a module that its verifier refuses.
+            flat = tuple(jax.ShapeDtypeStruct((math.prod(x.shape),), x.dtype) for x in results)
+            found = jax.pure_callback(on_host, flat, replica, step, rows, *map(pieces, arrays))
+            whole = tuple(x.reshape(result.shape) for x, result in zip(found, results, strict=True))
+            return tuple(jax.lax.all_gather(x, copies)[0] for x in whole) if copies else whole
 
         if self._mesh is None:
             return on_shard(step, rows, *arrays)
@@ -83,10 +87,10 @@ class HostCalls:
                 arrays = [np.concatenate([*map(np.asarray, p)]).reshape(s) for p, s in zip(pieces, shapes, strict=True)]
                 result = getattr(self._host, name)(int(step), np.asarray(rows), *arrays)
                 self._after(name)
-                return result
+                return tuple(np.ravel(x) for x in result)
             except Exception as failure:
                 self._failure = self._failure or failure
-        return tuple(np.zeros(result.shape, result.dtype) for result in results)
+        return tuple(np.zeros(math.prod(result.shape), result.dtype) for result in results)
 
 
 class Once:

@@ -11,6 +11,7 @@ On a mesh the rows are split over its "data" and "fsdp" axes, and each shard cal
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,9 +66,13 @@ class Rollout:
         self._config, self._codec, self._retriever = config, codec, retriever
         self._sampling, self._rules, self._batch, self._mesh = sampling, rules, batch, mesh
         self._stops = jnp.array(codec.stops)
-        self._encoder = retriever.params if mesh is None else place(retriever.params, whole_on(mesh))
         self._calls = HostCalls(self._shapes, mesh)
         self._run = jax.jit(self._program)
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        params = self._retriever.params
+        return params if self._mesh is None else place(params, whole_on(self._mesh))
 
     @property
     def max_turns(self) -> int:
@@ -120,6 +125,13 @@ class Rollout:
         self._calls.run(episodes, lambda: self._run(policy.actor, policy.critic, self._encoder, key, *inputs), after)
         found = joined({i: t for i, t in enumerate(episodes.trajectories()) if t.steps})  # each host ran its own ones
         return [found[i] for i in range(len(examples))]
+
+    def trace(self, policy: Policy, encoder: Any, key: Any) -> Any:
+        """The rollout's program for abstract arrays (`encoder` is what `retriever.params` would be), to be compiled."""
+        where = None if self._mesh is None else batch_sharding(self._mesh)
+        shapes = (jax.ShapeDtypeStruct((self._batch,), np.int32), *self._shapes("observe", self._batch))
+        inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in shapes]
+        return self._run.trace(policy.actor, policy.critic, encoder, key, *inputs)
 
     def _program(
         self, actor: Decoder, critic: Critic | None, encoder: Any, key: Array, rows: Array, *prompts: Array

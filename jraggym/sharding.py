@@ -8,16 +8,19 @@ tensor   attention heads, feed-forward width and vocabulary (Megatron-LM, arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jraggym.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+# Auto: under Explicit, the default, a lookup in a sharded embedding table is refused.
+AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
@@ -30,18 +33,27 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of data * fsdp * tensor devices; InputError when a size is below 1 or there are too few devices."""
-    sizes = (data, fsdp, tensor)
-    if min(sizes) < 1 or math.prod(sizes) > jax.device_count():
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of data * fsdp * tensor devices; InputError when a size is below 1 or there are too few devices.
+
+    `devices` are those of this machine where none are given.
+    """
+    sizes, there = (data, fsdp, tensor), jax.device_count() if devices is None else len(devices)
+    if min(sizes) < 1 or math.prod(sizes) > there:
         got = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        remedy = f"There are {jax.device_count()} devices: choose sizes whose product is at most that."
+        remedy = f"There are {there} devices: choose sizes whose product is at most that."
         raise InputError("the mesh does not fit the devices", got=got, remedy=remedy)
-    if jax.process_count() > 1 and math.prod(sizes) != jax.device_count():
-        got = f"{math.prod(sizes)} of {jax.device_count()} devices of {jax.process_count()} processes"
+    if devices is None and jax.process_count() > 1 and math.prod(sizes) != there:
+        got = f"{math.prod(sizes)} of {there} devices of {jax.process_count()} processes"
         raise InputError("several processes work on all of their devices", got=got, remedy="Enlarge --devices.data.")
-    # Auto: under Explicit, the default, a lookup in a sharded embedding table is refused.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    chosen = list(jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    # An axis may be a part of a torus' axis: 8 x 8 chips of a torus of 4 x 4 x 4.
+    return mesh_of(mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True))
+
+
+def mesh_of(devices: np.ndarray) -> Mesh:
+    """The mesh of devices [data, fsdp, tensor] that were arranged already."""
+    return Mesh(devices, MESH_AXES, axis_types=AXIS_TYPES)
 
 
 def shardings(table: Any, mesh: Mesh) -> Any:

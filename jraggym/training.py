@@ -108,6 +108,22 @@ def init_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainSt
     return jax.tree.map(lambda x: x if _named(x) else place(x, everywhere), state)
 
 
+def abstract_state(weights: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """What `init_state` returns for such weights, as shapes, types and placement: nothing is in memory."""
+    named, places = _named(weights), dict(jax.tree_util.tree_leaves_with_path(weights))
+    everywhere = whole_on(named[0].mesh) if named else None
+
+    def put(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        """A moment has its weight's place in the tree, behind its own name, and its shape."""
+        own = [places[path[i:]] for i in range(len(path)) if path[i:] in places]
+        where = own[0].sharding if own and own[0].shape == leaf.shape else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    moments = jax.tree_util.tree_map_with_path(put, jax.eval_shape(optimizer.init, weights))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(step, weights, moments)
+
+
 def _named(tree: Any) -> list[NamedSharding]:
     """The shardings of the leaves that lie on a mesh."""
     places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
@@ -128,11 +144,15 @@ class Step:
     def __call__(
         self, state: TrainState, batch: Any, frozen: Any = None, seed: Array | int = 0
     ) -> tuple[TrainState, Metrics]:
+        return self.program(state)(state, batch, frozen, seed)
+
+    def program(self, state: TrainState) -> Any:
+        """The jitted update of states that lie as this one does, whose arrays may be abstract."""
         placement = tuple(_named(state))
         if placement not in self._jitted:
             where = (jax.tree.map(lambda x: x.sharding, state), None) if placement else None
             self._jitted[placement] = jax.jit(self._update, donate_argnums=0, out_shardings=where)
-        return self._jitted[placement](state, batch, frozen, seed)
+        return self._jitted[placement]
 
     @property
     def compilations(self) -> int:

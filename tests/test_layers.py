@@ -49,6 +49,9 @@ ROWS = {
     "jraggym.evidence*": 2,
     "jraggym.sources*": 3,
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
+    "jraggym.planning.programs": 3.7,  # abstract runs of the recipes
+    "jraggym.planning.plan": 3.7,
+    "jraggym.planning*": 1,
     "configs*": 3.75,
     "train*": 4,
     "eval*": 4,
@@ -181,6 +184,10 @@ SIBLINGS = [
     ("jraggym.recipes.labelling", "jraggym.recipes.*"),
     ("jraggym.recipes.tags", "jraggym.recipes.*"),
     ("jraggym.recipes.transcripts", "jraggym.recipes.*"),
+    ("jraggym.planning.*", "jraggym.planning.topologies"),
+    ("jraggym.planning.costs", "jraggym.planning.hlo"),
+    ("jraggym.planning.plan", "jraggym.planning.programs"),
+    ("configs.llama_70b", "configs.llama_8b"),
     ("train.*", "train.results"),
     ("train.*", "train.job"),
     ("train.*", "eval.report"),

@@ -5,12 +5,13 @@ The experiments are the files configs/collect_*.py; `python -m train.collect syn
 
 from __future__ import annotations
 
-from configs import collect_synthhop
+from configs import collect_synthhop, llama_8b
 from jraggym.recipes.collecting import collect_data
 from train.job import entry
 
 EXPERIMENTS = {
     "synthhop": ("the embedded world, labelled by its judge", collect_synthhop.EXPERIMENT),
+    "llama-8b": ("Llama-3.1-8B, on a slice of a pod", llama_8b.COLLECT),
 }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from jraggym.models.decoder import Decoder, DecoderConfig, Prefix, Spec, branch_forward, specs, unembedding
-from jraggym.models.likelihood import chunked_logprobs
+from jraggym.models.likelihood import chunked_logprobs, on_rows
 
 
 @struct.dataclass
@@ -40,14 +41,22 @@ def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens
     return scores_of_hidden(weights, config, hidden, tokens, mask)
 
 
-def scores_of_hidden(weights: Critic, config: DecoderConfig, hidden: Array, tokens: Array, mask: Array) -> Array:
-    """Scores [B, K] from the trunk's hidden states [B, K, A, D] of the branches."""
+def scores_of_hidden(
+    weights: Critic, config: DecoderConfig, hidden: Array, tokens: Array, mask: Array, mesh: Mesh | None = None
+) -> Array:
+    """Scores [B, K] from the trunk's hidden states [B, K, A, D] of the branches; `mesh` is where they lie."""
     last = jnp.maximum(jnp.sum(mask, axis=-1) - 1, 0)
     final = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
     score = (final @ weights.head).astype(jnp.float32)
     if weights.likelihood is None:
         return score
-    before, targets = hidden[:, :, :-1].reshape(-1, hidden.shape[-1]), tokens[:, :, 1:]
-    logprob = chunked_logprobs(before, unembedding(weights.trunk), targets.reshape(-1), config.final_cap)
-    logprob = jnp.where(mask[:, :, 1:], logprob.reshape(targets.shape), 0.0)
+
+    def of_tokens(matrix: Array, before: Array, targets: Array) -> Array:
+        flat = before.reshape(-1, before.shape[-1])
+        return chunked_logprobs(flat, matrix, targets.reshape(-1), config.final_cap).reshape(targets.shape)
+
+    b, k, a = tokens[:, :, 1:].shape
+    matrix, before = unembedding(weights.trunk).astype(hidden.dtype), hidden[:, :, :-1].reshape(b, k * a, -1)
+    logprob = on_rows(of_tokens, mesh)(matrix, before, tokens[:, :, 1:].reshape(b, k * a)).reshape(b, k, a)
+    logprob = jnp.where(mask[:, :, 1:], logprob, 0.0)
     return score + weights.likelihood * jnp.sum(logprob, axis=-1)

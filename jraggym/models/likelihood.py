@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from jraggym.models.attention import soft_cap
+from jraggym.sharding import RULES, batch_shards
 
 CHUNK = 2048  # tokens whose logits [CHUNK, V] exist at one time
 
@@ -34,6 +39,24 @@ def chunked_logprobs_and_entropy(
         return jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0] - total, total - mean
 
     return _by_chunks(one, hidden, matrix, targets, cap)
+
+
+def on_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """function(matrix [D, V], *tokens [B, T, ...]) -> results [B, T], where on a mesh each device does its own tokens.
+
+    Left to itself, XLA would cut the chunks across devices, and each device would compute the logits of all. The matrix
+    is gathered once; over "tensor" the tokens of a row are split, not the vocabulary.
+    """
+
+    def split(matrix: Array, *tokens: Array) -> Any:
+        b, t = tokens[0].shape[:2]
+        if mesh is None or mesh.size == 1 or b % batch_shards(mesh):
+            return function(matrix, *tokens)
+        place = PartitionSpec(RULES["batch"], None if t % mesh.shape["tensor"] else "tensor")
+        given = (PartitionSpec(), *(place for _ in tokens))
+        return jax.shard_map(function, mesh=mesh, in_specs=given, out_specs=place, check_vma=False)(matrix, *tokens)
+
+    return split
 
 
 def _by_chunks(function, hidden: Array, matrix: Array, targets: Array, cap: float | None):

@@ -78,13 +78,13 @@ def packed_forward(
       is the prompt's last one, and their mask bool [B, K, A + 1], right-padded.
       mesh: splits rows and heads by hand where the program runs on one, since XLA cannot split a kernel.
       block: the longest side of a block of the splash kernel, a multiple of 128.
-      platform: what is compiled for, "cpu", "gpu" or "tpu" (default: where jax runs).
+      platform: what is compiled for, "cpu", "gpu" or "tpu" (default: that of the mesh, or where jax runs).
     Returns: the normalised last hidden states [B, K, A + 1, D]; at padding they are finite and mean nothing.
     Raises: InputError for a kernel that the platform does not have, and for sizes that it or the mesh cannot take.
     """
     b, k_, a = tokens.shape
     prefix = prompt.shape[1] - 1
-    where = platform or jax.default_backend()
+    where = platform or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
     kernels = [_attention(config, prefix, a, window, block, where) for window in config.windows]
     if mesh is not None:
         kernels = [_on_mesh(kernel, config, mesh, b) for kernel in kernels]

@@ -18,7 +18,7 @@ from jraggym.batch import ProcessBatch
 from jraggym.errors import InputError
 from jraggym.models.critic import Critic, scores_of_hidden
 from jraggym.models.decoder import Decoder, DecoderConfig, branch_forward, prefix_forward, unembedding
-from jraggym.models.likelihood import chunked_logprobs, chunked_logprobs_and_entropy
+from jraggym.models.likelihood import chunked_logprobs, chunked_logprobs_and_entropy, on_rows
 from jraggym.models.packed import packed_forward
 
 
@@ -40,8 +40,8 @@ def token_logprobs(
     """Log-probabilities [B, K, A] of the tokens in `loss_mask`, in nats, and 0 elsewhere.
 
     Only the states before such tokens meet the vocabulary matrix. `capacity` is a static upper bound on how many
-    there are in the batch (default: all B * K * A positions); more than that gives NaN, never a silent cut. `mesh` is
-    where batch and weights lie; only a fused attention kernel (`config.attention`) has to know it.
+    there are in the batch, and on a mesh in each device's part (default: all B * K * A positions); more than that
+    gives NaN, never a silent cut. `mesh` is where batch and weights lie.
     """
     return _read_tokens(chunked_logprobs, weights, config, batch, capacity, mesh)
 
@@ -65,7 +65,7 @@ def token_values(weights: Critic, config: DecoderConfig, batch: ProcessBatch, me
 
 def candidate_scores(weights: Critic, config: DecoderConfig, batch: ProcessBatch, mesh: Mesh | None = None) -> Array:
     """Critic scores [B, K]."""
-    return scores_of_hidden(weights, config, _hidden(weights.trunk, config, batch, mesh), *branches(batch))
+    return scores_of_hidden(weights, config, _hidden(weights.trunk, config, batch, mesh), *branches(batch), mesh)
 
 
 def by_rows(forward: Callable[[Any, ProcessBatch], Any], weights: Any, batch: ProcessBatch, parts: int) -> Any:
@@ -111,15 +111,23 @@ def _read_tokens(
     mesh: Mesh | None,
 ):
     hidden = _hidden(weights, config, batch, mesh)[:, :, :-1]
-    wanted = (batch.loss_mask & batch.action_mask).reshape(-1)
-    size = min(capacity or wanted.size, wanted.size)
-    (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
-    rows = hidden.reshape(-1, hidden.shape[-1]).at[place].get(mode="fill", fill_value=0)
-    targets = jnp.ravel(batch.action).at[place].get(mode="fill", fill_value=0)
 
-    def back(found: Array) -> Array:
-        found = jnp.where(jnp.sum(wanted) <= size, found, jnp.nan)
-        flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")
-        return flat.reshape(batch.action.shape)
+    def of_tokens(matrix: Array, hidden: Array, own: Array, action: Array) -> Any:
+        wanted = own.reshape(-1)
+        size = min(capacity or wanted.size, wanted.size)
+        (place,) = jnp.nonzero(wanted, size=size, fill_value=wanted.size)
+        rows = hidden.reshape(-1, hidden.shape[-1]).at[place].get(mode="fill", fill_value=0)
+        targets = jnp.ravel(action).at[place].get(mode="fill", fill_value=0)
 
-    return jax.tree.map(back, read(rows, unembedding(weights), targets, config.final_cap))
+        def back(found: Array) -> Array:
+            found = jnp.where(jnp.sum(wanted) <= size, found, jnp.nan)
+            flat = jnp.zeros(wanted.size, jnp.float32).at[place].set(found, mode="drop")
+            return flat.reshape(action.shape)
+
+        return jax.tree.map(back, read(rows, matrix, targets, config.final_cap))
+
+    b, k, a = batch.action.shape
+    tokens = (hidden, batch.loss_mask & batch.action_mask, batch.action)
+    flat = (x.reshape(b, k * a, *x.shape[3:]) for x in tokens)
+    found = on_rows(of_tokens, mesh)(unembedding(weights).astype(hidden.dtype), *flat)
+    return jax.tree.map(lambda x: x.reshape(b, k, a), found)

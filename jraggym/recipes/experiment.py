@@ -15,6 +15,7 @@ from jraggym.errors import InputError
 from jraggym.hosts import Hosts
 from jraggym.metrics import bootstrap_interval
 from jraggym.model_folder import Model
+from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import Decoder, init, specs
 from jraggym.models.lora import Lora, lora_specs, merge
 from jraggym.porting.peft import PeftAdapters
@@ -123,6 +124,12 @@ def placed_decoder(experiment: Experiment, shop: Bench, start: Decoder) -> Place
     pairs = lora_specs(shop.config, lora)
     adapters = init(pairs, shop.key("adapters"))
     return Placed(net, place(adapters, shardings(pairs, mesh)) if mesh else adapters, frozen, mesh)
+
+
+def critic_table(net: Network, *, likelihood: bool = False) -> Any:
+    """The table of what is trained of a critic or a value function: under LoRA the trunk's adapters, and the head."""
+    table: Any = critic_specs(net.config, likelihood=likelihood)
+    return table if net.lora is None else dataclasses.replace(table, trunk=lora_specs(net.config, net.lora))
 
 
 def exam_split(experiment: Experiment, shop: Workshop) -> tuple[Split, HybridRetriever]:

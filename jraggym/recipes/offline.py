@@ -20,12 +20,10 @@ from jraggym.data.process import ProcessRecord, open_dataset
 from jraggym.errors import InputError
 from jraggym.hosts import agreed, fetch, lead, share
 from jraggym.model_folder import Model
-from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import init
-from jraggym.models.lora import lora_specs
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.recipes.bench import Bench
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_table, placed_decoder
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
     Workshop,
@@ -39,8 +37,9 @@ from jraggym.recipes.quickstart import (
     warm_start_weights,
 )
 from jraggym.sharding import place, shardings
+from jraggym.steps import Network
 from jraggym.text.batching import Row
-from jraggym.training import Optimization, Run, fit
+from jraggym.training import Objective, Optimization, Run, fit
 
 COLLECTED = Path("runs/collect/data/data/dataset")  # where train.collect leaves its dataset
 
@@ -95,6 +94,17 @@ class CriticTraining(Experiment):
     """Add the trunk's own log-probability of the action to the score; see models/critic.py."""
 
 
+def objective_of(experiment: Sft | Dpo | CriticTraining, net: Network) -> Objective:
+    """What the experiment's steps minimise."""
+    if isinstance(experiment, Sft):
+        return steps.sft(net, weighted=experiment.weighted)
+    if isinstance(experiment, Dpo):
+        names = ("beta", "ipo", "smoothing", "per_token", "nll", "below")
+        return steps.dpo(net, **{name: getattr(experiment, name) for name in names})
+    names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
+    return steps.critic(net, **{name: getattr(experiment, name) for name in names})
+
+
 def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(shop))
@@ -103,15 +113,14 @@ def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) ->
         batches, share = warm_start_data(shop, demonstrations(shop)), 0.5 if shop.codec.appends else 1.0
     else:
         batches, share = labelled(shop, successful(open_dataset(experiment.data))), 1.0
-    objective = steps.sft(dataclasses.replace(ready.net, share=share), weighted=experiment.weighted)
+    objective = objective_of(experiment, dataclasses.replace(ready.net, share=share))
     return _actor(experiment, shop, ready, Run(objective, experiment.optimization, batches), log)
 
 
 def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights)
-    names = ("beta", "ipo", "smoothing", "per_token", "nll", "below")
-    objective = steps.dpo(ready.net, **{name: getattr(experiment, name) for name in names})
+    objective = objective_of(experiment, ready.net)
     rows = preferences(shop, successful(open_dataset(experiment.data)))
     if experiment.keep_reference:
         rows = with_reference(shop, ready, rows)
@@ -158,14 +167,11 @@ def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 1
 def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the critic, and how it agrees with the labels of the held-out questions."""
     ready = placed_decoder(experiment, shop, start.weights)
-    table: Any = critic_specs(shop.config, likelihood=experiment.likelihood)
-    if ready.net.lora is not None:
-        table = dataclasses.replace(table, trunk=lora_specs(shop.config, ready.net.lora))
+    table = critic_table(ready.net, likelihood=experiment.likelihood)
     critic = dataclasses.replace(init(table, shop.key("critic")), trunk=ready.weights)
     if ready.mesh is not None:
         critic = place(critic, shardings(table, ready.mesh))
-    names = ("pairwise", "listwise", "pointwise", "below", "centre", "soft")
-    objective = steps.critic(ready.net, **{name: getattr(experiment, name) for name in names})
+    objective = objective_of(experiment, ready.net)
     learn, held = held_out(list(open_dataset(experiment.data)))
     rows_of = judged if experiment.any_label else preferences
     batches = shuffled(shop, rows_of(shop, learn))

@@ -25,10 +25,9 @@ from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, init
-from jraggym.models.lora import lora_specs
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, placed_decoder
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_table, placed_decoder
 from jraggym.recipes.quickstart import Workshop
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
@@ -177,9 +176,7 @@ def _same_words(critic: Model, shop: Workshop) -> None:
 
 def _value(shop: Workshop, ready: Placed) -> Critic:
     """A value function: a copy of the actor's trunk (fresh adapters under LoRA) and a new head."""
-    table: Any = critic_specs(shop.config)
-    if ready.net.lora is not None:
-        table = dataclasses.replace(table, trunk=lora_specs(shop.config, ready.net.lora))
+    table = critic_table(ready.net)
     value = dataclasses.replace(init(table, shop.key("value")), trunk=ready.weights)
     return value if ready.mesh is None else place(value, shardings(table, ready.mesh))
 

@@ -1,0 +1,253 @@
+"""The programs that an experiment runs on devices, over abstract arrays: the real ones, with nothing in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jraggym import steps
+from jraggym.batch import ProcessBatch
+from jraggym.episodes import Rules
+from jraggym.errors import InputError
+from jraggym.experience import PPO, grpo_experience, ppo_experience_maker
+from jraggym.labelling import support_judge
+from jraggym.models.decoder import DecoderConfig, is_spec, specs
+from jraggym.models.lora import lora_specs
+from jraggym.objectives.policy import Experience
+from jraggym.recipes.collecting import Collect
+from jraggym.recipes.experiment import Experiment, critic_table
+from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of
+from jraggym.recipes.online import Grpo, Ppo
+from jraggym.rollout import Policy, Rollout
+from jraggym.sampling import Sampling
+from jraggym.sharding import batch_sharding, batch_shards, shardings
+from jraggym.steps import Network
+from jraggym.text.batching import EMPTY_ROW, buckets, collate
+from jraggym.training import Optimization, Step, abstract_state
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program, and what is in memory while it runs."""
+
+    name: str
+    trace: Callable[[], Any]
+    held: Mapping[str, Any]  # abstract trees, by the part of memory that they are
+    tokens: int  # places for tokens in its batch, padding included
+    cache: int = 0  # bytes of keys and values on each device
+    trips: tuple[int, ...] = ()  # of loops that end when the data says so: the most
+
+
+def programs(experiment: Experiment, mesh: Mesh) -> list[Program]:
+    """All programs of an experiment on a mesh. Raises InputError for a kind that cannot be planned yet."""
+    kinds: dict[type, Callable[[Any, Mesh], list[Program]]] = {
+        **dict.fromkeys((Sft, Dpo, CriticTraining), _offline),
+        **dict.fromkeys((Grpo, Ppo), _online),
+        Collect: lambda given, where: [_rollout(given, where, given.settings.candidates, given.settings.episodes)],
+    }
+    if type(experiment) not in kinds:
+        remedy = f"Plan one of {', '.join(kind.__name__ for kind in kinds)}."
+        raise InputError("there is no plan for this experiment", got=type(experiment).__name__, remedy=remedy)
+    return kinds[type(experiment)](experiment, mesh)
+
+
+def without_recomputation(experiment: Experiment) -> Experiment:
+    """The same experiment where no product is computed twice to save memory."""
+    model = replace(experiment.settings.model, remat="none")
+    return replace(experiment, parts=1, settings=replace(experiment.settings, model=model))
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The weights of an experiment as abstract arrays on a mesh."""
+
+    net: Network
+    weights: Any
+    frozen: Any
+
+
+def abstract_weights(table: Any, mesh: Mesh) -> Any:
+    """Float32 weights of a tree of specs, where `shardings` places them."""
+    where = shardings(table, mesh)
+    return jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=at), table, where, is_leaf=is_spec
+    )
+
+
+def _models(experiment: Experiment, mesh: Mesh) -> _Models:
+    config = experiment.settings.model
+    lora = experiment.lora if experiment.lora.rank else None
+    net = Network(config, lora, experiment.parts, mesh)
+    frozen = abstract_weights(specs(config), mesh)
+    weights = frozen if lora is None else abstract_weights(lora_specs(config, lora), mesh)
+    return _Models(net, weights, frozen)
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of arrays whose rows are split over the mesh; they must be a multiple of its shards."""
+    where, shards = batch_sharding(mesh), batch_shards(mesh)
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    if rows % shards:
+        remedy = (
+            "Choose a multiple (--settings.states, --settings.episodes, --schedule.rows, --slots), or another mesh."
+        )
+        raise InputError(f"rows cannot be split over data * fsdp = {shards}", got=rows, remedy=remedy)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+
+def _check_parts(rows: int, parts: int, mesh: Mesh) -> None:
+    shards = batch_shards(mesh)
+    if rows % (parts * shards):
+        got = f"{rows} rows in {parts} parts over {shards} shards"
+        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy="Lower --parts, or add rows.")
+
+
+def empty_batch(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
+    """A batch of such sizes, as training collates it."""
+    return collate([EMPTY_ROW] * rows, prompt=prompt, action=action, candidates=candidates)
+
+
+def _tokens(batch: ProcessBatch) -> int:
+    return batch.prompt.size + batch.action.size
+
+
+class _Update:
+    """A step on a batch: its state, and how it is traced."""
+
+    def __init__(self, objective: Any, optimization: Optimization, weights: Any, batch: Any, frozen: Any):
+        optimizer = optimization.build()
+        self.state = abstract_state(weights, optimizer)
+        self._step, self._batch, self._frozen = Step(objective, optimizer), batch, frozen
+
+    def trace(self) -> Any:
+        return self._step.program(self.state).trace(self.state, self._batch, self._frozen, 0)
+
+    def program(self, name: str, tokens: int, more: Mapping[str, Any] | None = None) -> Program:
+        held = {"weights": self.state.weights, "optimiser": self.state.optimizer, "frozen": self._frozen}
+        return Program(name, self.trace, {**held, "batch": self._batch, **(more or {})}, tokens)
+
+
+def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program]:
+    models, settings = _models(experiment, mesh), experiment.settings
+    rows = (settings.states, settings.max_prompt, settings.max_action, settings.contrasts)
+    if isinstance(experiment, Sft) and experiment.data is None:  # whole demonstrations; the largest batches
+        bucket = max(buckets(settings.edges, settings.tokens, 1), key=lambda b: b.rows * (b.prompt + b.action))
+        rows = (bucket.rows, bucket.prompt, bucket.action, 1)
+    _check_parts(rows[0], experiment.parts, mesh)
+    batch = empty_batch(*rows)
+    if isinstance(experiment, Dpo) and experiment.keep_reference:
+        batch = batch.replace(reference_logprob=batch.behaviour_logprob)  # type: ignore[attr-defined]
+    weights = models.weights
+    if isinstance(experiment, CriticTraining):
+        table = critic_table(models.net, likelihood=experiment.likelihood)
+        weights = abstract_weights(table, mesh)
+    objective = objective_of(experiment, models.net)
+    update = _Update(objective, experiment.optimization, weights, spread(batch, mesh), models.frozen)
+    return [update.program("step", _tokens(batch))]
+
+
+def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
+    """The rollout, the experience that is made of it, and the updates. All states lie in memory all the time."""
+    models, schedule, how = _models(experiment, mesh), experiment.schedule, experiment.algorithm
+    _check_parts(schedule.rows, experiment.parts, mesh)
+    sizes = (schedule.prompt, schedule.action, schedule.candidates)
+    every, batch = (empty_batch(rows, *sizes) for rows in (schedule.rows * schedule.updates, schedule.rows))
+    values, fresh = batch.behaviour_logprob, spread(every, mesh)
+    ppo = values if isinstance(how, PPO) else None
+    made = Experience(batch, values, values, values if how.loss.kl_weight else None, ppo, ppo)
+    part, tokens = spread(made, mesh), _tokens(batch)
+    makers = replace(models.net, parts=experiment.parts * schedule.updates)
+    policy = _Update(steps.policy(models.net, how.loss), experiment.optimization, models.weights, part, models.frozen)
+    state, others, updates = policy.state, {}, []
+    make: Any
+    given: tuple[Any, ...] = (fresh,)
+    weights: tuple[Any, ...] = (models.weights,)
+    if isinstance(how, PPO):
+        assert isinstance(experiment, Ppo)
+        objective = steps.value(models.net, clip=how.value_clip, leaky=how.leaky)
+        table = abstract_weights(critic_table(models.net), mesh)
+        value = _Update(objective, experiment.value_optimization, table, part, models.frozen)
+        others = {"value function": (value.state.weights, value.state.optimizer)}
+        updates = [value.program("value step", tokens, {"policy": (state.weights, state.optimizer)})]
+        make, weights = ppo_experience_maker(makers, how), (models.weights, table)
+        given = (fresh, jax.ShapeDtypeStruct((), jnp.float32))
+    else:
+        make = grpo_experience(makers, how)
+    held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
+    merged = {"merged actor": models.frozen} if models.net.lora else {}
+    return [
+        _rollout(
+            experiment, mesh, 1 if experiment.whole else schedule.candidates, experiment.slots, {**held, **merged}
+        ),
+        Program(
+            "experience", lambda: make.trace(*weights, models.frozen, *given), {**held, "batch": fresh}, _tokens(every)
+        ),
+        policy.program("policy step", tokens, others),
+        *updates,
+    ]
+
+
+class _Retriever:
+    """A host's index as the device knows it: ids of queries go in, vectors come out.
+
+    Its encoder is one table of word vectors: the weights of a real one are nothing beside a policy's.
+    """
+
+    width, words, dim = 64, 32_768, 384
+
+    def tokenize(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((len(queries), self.width), np.int32), np.zeros((len(queries), self.width), bool)
+
+    def encode(self, params: Any, ids: Any, mask: Any) -> Any:
+        return jnp.sum(jnp.where(mask[..., None], params[ids], 0.0), axis=1)
+
+
+@dataclass(frozen=True)
+class _Codec:
+    """What a rollout's program takes of a codec."""
+
+    max_prompt: int
+    stops: tuple[int, ...] = (0,)
+
+
+def _rollout(
+    experiment: Experiment, mesh: Mesh, candidates: int, slots: int, resident: Mapping[str, Any] | None = None
+) -> Program:
+    """One turn of all episodes: prefill, the longest actions, and the calls of the host."""
+    settings, models = experiment.settings, _models(experiment, mesh)
+    if slots % batch_shards(mesh):
+        remedy = "Choose a multiple (--slots, --settings.episodes), or another mesh."
+        raise InputError(f"episodes cannot be split over data * fsdp = {batch_shards(mesh)}", got=slots, remedy=remedy)
+    config, retriever = settings.model, _Retriever()
+    sampling = Sampling(candidates, settings.max_action, settings.temperature)
+    rules = Rules(settings.max_turns, judge=support_judge if candidates > 1 else None)
+    codec: Any = _Codec(settings.max_prompt)
+    rollout = Rollout(config, codec, retriever, sampling, rules, batch=slots, mesh=mesh)  # type: ignore[arg-type]
+    whole = NamedSharding(mesh, PartitionSpec())
+    encoder = jax.ShapeDtypeStruct((retriever.words, retriever.dim), jnp.float32, sharding=whole)
+    keys = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct((), keys.dtype, sharding=whole)
+    policy = Policy(config, models.frozen)
+    held = resident or {"weights": models.frozen}
+    tokens = slots * (settings.max_prompt + candidates * settings.max_action)
+    return Program(
+        "rollout, one turn",
+        lambda: rollout.trace(policy, encoder, key),
+        held,
+        tokens,
+        cache_bytes(config, slots, settings.max_prompt, candidates * settings.max_action, mesh),
+        trips=(1, settings.max_action),
+    )
+
+
+def cache_bytes(config: DecoderConfig, rows: int, prompt: int, action: int, mesh: Mesh) -> int:
+    """Bytes on each device of the keys and values of `rows` prompts and of `action` tokens behind each."""
+    heads = -(-config.kv_heads // mesh.shape["tensor"])
+    each = 2 * config.layers * heads * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return each * (rows // batch_shards(mesh)) * (prompt - 1 + action)
