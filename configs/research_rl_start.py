@@ -4,8 +4,9 @@ The published prompt is cut to a few words, since a model from scratch cannot fo
 episode: the tokenizer has no end token, which the published protocol waits for.
 
 command   python -m train.transcripts research-rl-start --out runs/research-rl-start
-hardware  two CPU cores, about three minutes
-expected  EM of .25 to .50 on development questions; one seed gave .39, with 1.6 searches
+hardware  two CPU cores, about eight minutes
+expected  EM of about .5 on development questions; one seed gave .48, with 1.5 searches: what is wrong are answers that
+          come too early, and comparisons
 """
 
 from __future__ import annotations

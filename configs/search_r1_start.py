@@ -4,7 +4,7 @@ The published prompt and its invalid-action message are cut to a few words, sinc
 them.
 
 command   python -m train.transcripts search-r1-start --out runs/search-r1-start
-hardware  two CPU cores, about three minutes
+hardware  two CPU cores, about eight minutes
 expected  EM of .25 to .50 on development questions, as configs/research_rl_start.py; not measured yet
 """
 

@@ -100,9 +100,9 @@ def test_several_hosts_compute_what_one_computes(tmp_path, number):
     found = {path.stem: dict(np.load(path)) for path in (tmp_path / "several").glob("*.npz")}
 
     same(whole, found["whole"])
-    same({**whole, "losses": whole["losses"][2:]}, found["resumed"])  # from one host to several
+    same(whole, found["resumed"])  # from one host to several; a resumed run tells its first steps again
     shutil.copytree(tmp_path / "several" / "whole" / "2", tmp_path / "back" / "2")
-    same({**whole, "losses": whole["losses"][2:]}, prefer(mesh, tmp_path / "back"))  # and from several to one
+    same(whole, prefer(mesh, tmp_path / "back"))  # and from several to one
 
     same(policy, found["policy"])
     ours, theirs = policy["work"], found["policy"]["work"]

@@ -82,7 +82,7 @@ class Imitation(Tagged):
     model: None = None
     tags: str = "single"
     """single: every tag is one token; several: the tokenizer does not know the tags."""
-    optimization: Optimization = field(default_factory=lambda: Optimization(560, rate=6e-3, warmup=20))
+    optimization: Optimization = field(default_factory=lambda: Optimization(1_500, rate=6e-3, warmup=20))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,12 +110,12 @@ class Recipe(Tagged):
     """model: an objective reads what the model wrote; none: what searches brought, too (an ablation)."""
     retriever: str = "real"
     """real, or broken: random documents in training and evaluation (a control)."""
-    questions: int = 24
+    questions: int = 32
     """Questions of an iteration, each asked `schedule.candidates` times."""
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(iterations=130, updates=2, rows=12, prompt=40, action=224, candidates=5)
+        default_factory=lambda: Schedule(iterations=100, updates=2, rows=16, prompt=40, action=224, candidates=5)
     )
-    optimization: Optimization = field(default_factory=lambda: adamw(4e-4))
+    optimization: Optimization = field(default_factory=lambda: adamw(5e-4))
     every: int = 10
 
     def __post_init__(self) -> None:
