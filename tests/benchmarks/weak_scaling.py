@@ -4,7 +4,8 @@
 
 data      every device holds all weights: all gradients are exchanged, those of the prompts' pass and those of the
           branches' pass each, on any number of devices
-fsdp      each holds a part: weights are gathered before use, gradients come back; the same bytes however many devices
+fsdp      each holds a part: weights are gathered before use, gradients come back. XLA's CPU compiler reduces partial sums
+          too, so that bytes grow here; on a TPU they stay
 tensor    each layer's partial products are added up; rows are not split, so that bytes grow with them
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -59,12 +61,17 @@ def weight_bytes() -> int:
     return sum(4 * int(jnp.prod(jnp.array(spec.shape))) for spec in leaves)
 
 
-if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)
+def main(sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
+    """Prints the table; `sizes` are numbers of devices."""
+    jax.config.update("jax_num_cpu_devices", max(sizes))
     print(f"weights: {weight_bytes() / 1e6:.3f} MB; {dataclasses.asdict(CONFIG)}\n")
     print("| axis | devices | exchanges | MB on a device |\n|---|---|---|---|")
     for axis in MESH_AXES:
-        for row in table(axis):
+        for row in table(axis, sizes):
             counts = ", ".join(f"{n} {kind}" for kind, n in row["count"].items()) or "none"
-            sizes = ", ".join(f"{size / 1e6:.3f} {kind}" for kind, size in row["bytes"].items()) or "0"
-            print(f"| {axis} | {row['devices']} | {counts} | {sizes} |")
+            made = ", ".join(f"{size / 1e6:.3f} {kind}" for kind, size in row["bytes"].items()) or "0"
+            print(f"| {axis} | {row['devices']} | {counts} | {made} |")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
