@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jraggym.clock import spent
 from jraggym.environment import transition, wants_retrieval
 from jraggym.errors import InputError
 from jraggym.host_calls import Once, Rows
@@ -221,7 +222,8 @@ class Episodes:
         place = [(i, slot if self.rules.judge else 0) for i, slot, _ in wanted]
         picked = np.stack([vectors[at] for at in place])
         queries = [query for _, _, query in wanted]
-        found, error = guarded(lambda: list(self._retriever.search(queries, picked)), self.rules.timeout)
+        with spent("retrieval"):
+            found, error = guarded(lambda: list(self._retriever.search(queries, picked)), self.rules.timeout)
         if error is None and len(found) != len(wanted):
             error = f"the retriever gave {len(found)} results for {len(wanted)} queries"
         if error is not None:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jraggym.clock import spent
 from jraggym.errors import InputError
 from jraggym.roll_call import Hub, Member, endpoint
 
@@ -112,11 +113,12 @@ def share(value: Any) -> list[Any]:
     if not jax.distributed.is_initialized():
         return [value]
     data = pickle.dumps(value)
-    sizes = multihost_utils.process_allgather(np.int64(len(data)))
-    width = 1 << max(10, int(sizes.max() - 1).bit_length())  # a program is compiled for each width
-    padded = np.zeros(width, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
+    with spent("hosts"):
+        sizes = multihost_utils.process_allgather(np.int64(len(data)))
+        width = 1 << max(10, int(sizes.max() - 1).bit_length())  # a program is compiled for each width
+        padded = np.zeros(width, np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = multihost_utils.process_allgather(padded)
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 

@@ -24,10 +24,12 @@ from jax.sharding import Mesh
 from jraggym import steps
 from jraggym.batch import ProcessBatch
 from jraggym.checkpoint import Checkpointer
+from jraggym.clock import spent
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO, grpo_experience, ppo_experience_maker
 from jraggym.gathering import Gather, Gathered
 from jraggym.history import History, Tell
+from jraggym.meter import Meter
 from jraggym.models.critic import Critic
 from jraggym.models.lora import merge
 from jraggym.objectives.policy import Experience
@@ -36,7 +38,8 @@ from jraggym.rollout import Policy
 from jraggym.sharding import batch_sharding, own_rows, place, place_rows, whole_on
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, Row, collate
-from jraggym.training import Optimization, TrainState, Watch, abstract, init_state, placed, shared_step
+from jraggym.training import Optimization, TrainState, abstract, init_state, placed, shared_step
+from jraggym.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,17 @@ def train_on_policy(
     every: int = 5,
     report: Tell | None = None,
     evaluate: Callable[[int, Policy], None] | None = None,
+    meter: Meter | None = None,
 ) -> OnPolicyState:
     """Runs all iterations and returns the final state; resumes from the newest whole checkpoint.
 
     Saves after every `every` iterations, at the end, and when a signal asks the job to end (`Preempted`): a rollout
     under way is then given up. `report` gets (iterations done, metrics) of each once, also of those before a
     checkpoint; `evaluate` gets (iterations done, policy) at the start, after every `every` iterations and at the end.
-    Raises InputError when a metric is not finite, naming the step; the last checkpoint stays as it is.
+    `meter` measures the iterations. Raises InputError when a metric is not finite, naming the step; the last
+    checkpoint stays as it is.
     """
+    meter = meter or Meter()
     _check(job, value_weights)
     state, history, saved, evaluated = _start(job, weights, value_weights), History(report), 0, False
     if checkpointer is not None and checkpointer.latest() is not None:
@@ -110,27 +116,33 @@ def train_on_policy(
         if checkpointer is not None and iteration > saved:
             saved = iteration
             data = {"iteration": iteration, "evaluated": evaluated, "history": history.saved()}
-            checkpointer.save(iteration, state, data)
+            with spent("checkpoint"):
+                checkpointer.save(iteration, state, data)
 
     for iteration in range(saved, job.schedule.iterations + 1):
         last = iteration == job.schedule.iterations
         try:
             if last or iteration % every == 0:
                 if evaluate is not None and not evaluated:
-                    evaluate(iteration, policy_of(job, state))
+                    with spent("evaluate"):
+                        evaluate(iteration, policy_of(job, state))
                 evaluated = True
                 save(iteration)
             if last:
                 break
             if should_stop():
                 raise Preempted
-            gathered = job.gather(policy_of(job, state), iteration)
+            with spent("rollout"):
+                gathered = job.gather(policy_of(job, state), iteration)
         except Preempted:
             save(iteration)
             raise
-        state, metrics = _improve(job, state, gathered, iteration)
+        with spent("compute"):
+            state, metrics = _improve(job, state, gathered, iteration)
         evaluated = False
         history.add(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
+        meter.step(iteration + 1, gathered.tokens)
+    meter.close()
     return state
 
 

@@ -46,6 +46,11 @@ class Network:
     mesh: Mesh | None = None  # where weights and batch lie
     share: float = 1.0  # at most this share of the action positions are the policy's own tokens; more gives NaN
 
+    @property
+    def plain(self) -> Network:
+        """The same numbers, with every activation kept: what it computes is the model's own work."""
+        return replace(self, config=replace(self.config, remat="none"), parts=1)
+
     def decoder(self, weights: Any, frozen: Decoder | None, key: Array | None = None) -> Decoder:
         """The policy; dropout is on with a key."""
         return weights if self.lora is None else adapt(_given(frozen), weights, self.lora, key)

@@ -15,17 +15,20 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from jraggym.checkpoint import Checkpointer
+from jraggym.clock import spent
 from jraggym.errors import InputError
 from jraggym.history import History, Tell
+from jraggym.meter import Meter, tokens_of
+from jraggym.planning.flops import count_flops
 from jraggym.preemption import Preempted, should_stop
 from jraggym.sharding import batch_sharding, own_rows, place, place_rows, whole_on
+from jraggym.watch import Watch
 
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any, Array], tuple[Array, Metrics]]
@@ -197,6 +200,7 @@ class Run:
     frozen: Any = None
     seed: int = 0  # of dropout
     mesh: Mesh | None = None
+    plain: Objective | None = None  # the objective without rematerialisation: its FLOPs are the model's own
 
 
 def fit(
@@ -206,13 +210,14 @@ def fit(
     *,
     every: int = 100,
     report: Tell | None = None,
+    meter: Meter | None = None,
 ) -> Any:
     """Trains from `weights` and returns the final weights; resumes from the newest whole checkpoint.
 
     Saves the whole state after every `every` steps, at the end, and when a signal asks the job to end (`Preempted`);
     killed at any moment and called again, it ends with the same bits. `report` gets (updates done, metrics) of each
-    step once, also of those before a checkpoint. Raises InputError at the first loss or gradient that is not finite,
-    naming the step and its batch; the last checkpoint stays as it is.
+    step once, also of those before a checkpoint; `meter` measures the steps. Raises InputError at the first loss or
+    gradient that is not finite, naming the step and its batch; the last checkpoint stays as it is.
     """
     optimizer = run.optimization.build()
     state, history, watch, saved = init_state(weights, optimizer), History(report), Watch(), 0
@@ -224,20 +229,32 @@ def fit(
     def save(done: int) -> None:
         watch.finish()
         if checkpointer is not None and done > saved:
-            checkpointer.save(done, state, {"step": done, "history": history.saved()})
+            with spent("checkpoint"):
+                checkpointer.save(done, state, {"step": done, "history": history.saved()})
 
-    step = shared_step(run.objective, run.optimization)
+    step, meter = shared_step(run.objective, run.optimization), meter or Meter()
     for i in range(int(state.step), run.optimization.steps):
         stop = should_stop()
         if stop or i % every == 0:
             save(i)
         if stop:
             raise Preempted
-        state, metrics = step(state, batch_at(run.batches, i, run.mesh), run.frozen, run.seed)
-        watch.look(i, metrics)
+        with spent("data"):
+            batch = batch_at(run.batches, i, run.mesh)
+        meter.count(lambda: _model_flops(run, optimizer, state, batch))  # noqa: B023
+        with spent("compute"):
+            state, metrics = step(state, batch, run.frozen, run.seed)
+            watch.look(i, metrics)
         history.add(i + 1, metrics)
+        meter.step(i + 1, tokens_of(batch))
     save(run.optimization.steps)
+    meter.close()
     return state.weights
+
+
+def _model_flops(run: Run, optimizer: optax.GradientTransformation, state: TrainState, batch: Any) -> float:
+    program = Step(run.plain or run.objective, optimizer).program(state)
+    return count_flops(program.trace(jax.tree.map(abstract, state), batch, run.frozen, run.seed).jaxpr)
 
 
 def placed(batch: Any, mesh: Mesh | None) -> Any:
@@ -252,33 +269,6 @@ def batch_at(batches: BatchSource, step: int, mesh: Mesh | None) -> Any:
     where = batch_sharding(mesh)
     part, rows = batches.part(step, functools.partial(own_rows, where))
     return place_rows(part, where, rows)
-
-
-class Watch:
-    """Stops a run at the first metric that is not finite, without making the device wait for the host.
-
-    A step's metrics are read when the next step has been handed to the device.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: tuple[int, Metrics] | None = None
-
-    def look(self, step: int, metrics: Metrics) -> None:
-        """Keeps the metrics of `step` and checks those of the step before; raises InputError naming it."""
-        self.finish()
-        self._waiting = step, metrics
-
-    def finish(self) -> None:
-        """Checks what is still waiting."""
-        if self._waiting is None:
-            return
-        (step, metrics), self._waiting = self._waiting, None
-        if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
-            raise InputError(
-                f"training diverged at step {step + 1}, on batch {step}",
-                got=f"{', '.join(bad)} not finite",
-                remedy="Look at that batch, or lower the learning rate; earlier checkpoints are untouched.",
-            )
 
 
 def abstract(leaf: Array) -> jax.ShapeDtypeStruct:

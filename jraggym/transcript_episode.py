@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jraggym.clock import spent
 from jraggym.episodes import Retriever
 from jraggym.errors import InputError
 from jraggym.protocols.protocol import Protocol, observation
@@ -208,7 +209,8 @@ def retrieve(
     wanted = [i for i, query in enumerate(queries) if query]
     if not wanted:
         return {}, None
-    found, error = guarded(lambda: list(retriever.search([queries[i] for i in wanted], vectors[wanted])), timeout)
+    with spent("retrieval"):
+        found, error = guarded(lambda: list(retriever.search([queries[i] for i in wanted], vectors[wanted])), timeout)
     if error is None and len(found) != len(wanted):
         error = f"the retriever gave {len(found)} results for {len(wanted)} queries"
     return ({}, error) if error else ({i: tuple(hits) for i, hits in zip(wanted, found, strict=True)}, None)

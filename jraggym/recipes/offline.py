@@ -8,6 +8,7 @@ import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jraggym.checkpoint import Checkpointer
 from jraggym.data.process import ProcessRecord, open_dataset
 from jraggym.errors import InputError
 from jraggym.hosts import agreed, fetch, lead, share
+from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.models.decoder import init
 from jraggym.objectives.agreement import Agreement, agreement
@@ -39,7 +41,7 @@ from jraggym.recipes.quickstart import (
 from jraggym.sharding import place, shardings
 from jraggym.steps import Network
 from jraggym.text.batching import Row
-from jraggym.training import Objective, Optimization, Run, fit
+from jraggym.training import BatchSource, Objective, Optimization, Run, fit
 
 COLLECTED = Path("runs/collect/data/data/dataset")  # where train.collect leaves its dataset
 
@@ -113,22 +115,28 @@ def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) ->
         batches, share = warm_start_data(shop, demonstrations(shop)), 0.5 if shop.codec.appends else 1.0
     else:
         batches, share = labelled(shop, successful(open_dataset(experiment.data))), 1.0
-    objective = objective_of(experiment, dataclasses.replace(ready.net, share=share))
-    return _actor(experiment, shop, ready, Run(objective, experiment.optimization, batches), log)
+    ready = dataclasses.replace(ready, net=dataclasses.replace(ready.net, share=share))
+    return _actor(experiment, shop, ready, batches, log)
 
 
 def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights)
-    objective = objective_of(experiment, ready.net)
     rows = preferences(shop, successful(open_dataset(experiment.data)))
     if experiment.keep_reference:
         rows = with_reference(shop, ready, rows)
-    return _actor(experiment, shop, ready, Run(objective, experiment.optimization, shuffled(shop, rows)), log)
+    return _actor(experiment, shop, ready, shuffled(shop, rows), log)
 
 
-def _actor(experiment: Experiment, shop: Workshop, ready: Placed, run: Run, log: Log) -> tuple[Model, dict[str, Any]]:
-    run = dataclasses.replace(run, frozen=ready.frozen, seed=experiment.seed, mesh=ready.mesh)
+def _run(experiment: Sft | Dpo | CriticTraining, ready: Placed, batches: BatchSource) -> Run:
+    objective, plain = (objective_of(experiment, net) for net in (ready.net, ready.net.plain))
+    return Run(objective, experiment.optimization, batches, ready.frozen, experiment.seed, ready.mesh, plain)
+
+
+def _actor(
+    experiment: Sft | Dpo, shop: Workshop, ready: Placed, batches: BatchSource, log: Log
+) -> tuple[Model, dict[str, Any]]:
+    run = _run(experiment, ready, batches)
     trained = fit_logged(experiment, shop, run, ready.weights, log)
     weights = ready.whole(trained)
     result = Exam(experiment, shop).score(weights)
@@ -143,7 +151,8 @@ def fit_logged(experiment: Experiment, shop: Bench, run: Run, weights: Any, log:
         shop.progress(name, step, total, metrics)
         log(name, step, metrics)
 
-    return fit(run, weights, Checkpointer(shop.out / "checkpoints"), every=experiment.every, report=report)
+    meter = Meter(partial(log, "cost"), shop.out)
+    return fit(run, weights, Checkpointer(shop.out / "checkpoints"), every=experiment.every, report=report, meter=meter)
 
 
 def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 16) -> list[Row]:
@@ -171,11 +180,9 @@ def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, lo
     critic = dataclasses.replace(init(table, shop.key("critic")), trunk=ready.weights)
     if ready.mesh is not None:
         critic = place(critic, shardings(table, ready.mesh))
-    objective = objective_of(experiment, ready.net)
     learn, held = held_out(list(open_dataset(experiment.data)))
     rows_of = judged if experiment.any_label else preferences
-    batches = shuffled(shop, rows_of(shop, learn))
-    run = Run(objective, experiment.optimization, batches, ready.frozen, experiment.seed, ready.mesh)
+    run = _run(experiment, ready, shuffled(shop, rows_of(shop, learn)))
     critic = fit_logged(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
     result = judge_agreement(shop, ready, whole, rows_of(shop, held))

@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
 from jraggym.gathering import Gatherer
 from jraggym.hosts import agreed, lead
+from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
@@ -141,7 +143,10 @@ def learn(
         show(point)
     checkpointer = Checkpointer(shop.out / "checkpoints")
     every = experiment.every
-    state = train_on_policy(job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate)
+    meter = Meter(partial(log, "cost"), shop.out)
+    state = train_on_policy(
+        job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate, meter=meter
+    )
     result = {"curve": agreed(curve.points())}
     trained = state.policy.weights
     return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result

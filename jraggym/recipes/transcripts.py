@@ -194,10 +194,16 @@ def train_transcripts(
 
 def _imitate(experiment: Imitation, shop: Workshop, exam: TranscriptExam, log: Log) -> tuple[Model, dict[str, Any]]:
     ready = placed_decoder(experiment, shop, warm_start_weights(shop))
-    objective = steps.sft(replace(ready.net, share=0.75))  # of a transcript much is what searches brought
+    net = replace(ready.net, share=0.75)  # of a transcript much is what searches brought
     rows = scripted_rows(shop, protocol_for(experiment.protocol, shop.tokenizer))
     run = Run(
-        objective, experiment.optimization, warm_start_data(shop, rows), ready.frozen, experiment.seed, ready.mesh
+        steps.sft(net),
+        experiment.optimization,
+        warm_start_data(shop, rows),
+        ready.frozen,
+        experiment.seed,
+        ready.mesh,
+        steps.sft(net.plain),
     )
     trained = fit_logged(experiment, shop, run, ready.weights, log)
     actor = ready.whole(trained)
