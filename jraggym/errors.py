@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Exit codes, of sysexits.h; that of an InputError is 2.
+LOST = 69  # EX_UNAVAILABLE: the job is over, since another of its processes is gone
+PREEMPTED = 75  # EX_TEMPFAIL: what was done is saved, run the same command again
+
 
 class InputError(ValueError):
     """Bad input from outside (a file, a field, a flag): says what, what was got, and what to do."""

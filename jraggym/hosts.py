@@ -27,10 +27,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jraggym.clock import spent
-from jraggym.errors import InputError
+from jraggym.errors import LOST, InputError
 from jraggym.roll_call import Hub, Member, endpoint
 
-LOST = 69  # exit code of a process whose job is over because of another one
 PORT = 8475  # on a slice, where nobody names one
 _HINT = "start the same command on every machine, each with its own --hosts.process, and the same --hosts.address."
 _SLICE = "this is one worker of a TPU slice, and the same command must run on all of them (ssh --worker=all)."

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, later
+from jraggym.errors import PREEMPTED
 
 _asked = threading.Event()
 _checks = itertools.count(1)  # jax knows a step by its number, and stages begin anew at step 0: we count for all
@@ -52,7 +52,7 @@ def preemptible() -> Iterator[None]:
             yield
     except Preempted as stop:
         sys.stderr.write("preempted: what was done is saved; run the same command again to go on\n")
-        raise SystemExit(EXIT_CODE) from stop
+        raise SystemExit(PREEMPTED) from stop
 
 
 @contextmanager

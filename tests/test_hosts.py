@@ -20,8 +20,8 @@ import pytest
 from host_jobs import MESHES, improve, prefer, preference_rows, search_sharded
 
 from jraggym.data.process import batches
-from jraggym.errors import InputError
-from jraggym.hosts import LOST, Hosts, agreed, connect, fetch, joined, lead, lead_first, share, slice_hosts
+from jraggym.errors import LOST, InputError
+from jraggym.hosts import Hosts, agreed, connect, fetch, joined, lead, lead_first, share, slice_hosts
 from jraggym.roll_call import Hub, Member, endpoint
 from jraggym.sharding import batch_sharding, make_mesh, own_rows, place_rows, split_over
 from jraggym.text.batching import Batches, Bucket, collate

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from preempted_jobs import KINDS, STEPS
 
+from jraggym.errors import PREEMPTED
 from jraggym.history import History
 from jraggym.host_calls import HostCalls
-from jraggym.preemption import EXIT_CODE, Preempted, preemptible, should_stop, stop_if_asked
+from jraggym.preemption import Preempted, preemptible, should_stop, stop_if_asked
 from train.job import Logbook
 
 TESTS = Path(__file__).parent
@@ -87,7 +88,7 @@ def ended(jobs: Jobs, kind: str, out: Path, rng: random.Random, number: int) -> 
     code = jobs.end()
     if code == 0:
         return "whole"  # the signal came behind the last step
-    assert code == (-signal.SIGKILL if number_of_signal == signal.SIGKILL else EXIT_CODE), (out / "stderr").read_text()
+    assert code == (-signal.SIGKILL if number_of_signal == signal.SIGKILL else PREEMPTED), (out / "stderr").read_text()
     return "saving" if number_of_signal == signal.SIGKILL and saving(out) else "running"
 
 
@@ -145,7 +146,7 @@ def test_a_signal_ends_a_loop_at_its_next_step(number, capsys):
 
     with pytest.raises(SystemExit) as end, preemptible():
         loop()
-    assert end.value.code == EXIT_CODE == 75
+    assert end.value.code == PREEMPTED == 75
     assert steps == [0, 1, 2, 3]
     assert capsys.readouterr().err == "preempted: what was done is saved; run the same command again to go on\n"
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
@@ -171,7 +172,7 @@ def test_a_signal_is_heard_inside_a_program_of_the_device():
     program = jax.jit(lambda: jax.lax.fori_loop(0, 9, turn, jnp.zeros(1)))
     with pytest.raises(SystemExit) as end, preemptible():
         calls.run(Host(), program)
-    assert end.value.code == EXIT_CODE
+    assert end.value.code == PREEMPTED
     assert seen == [0, 1, 2]
 
 
@@ -229,7 +230,7 @@ def test_hosts_agree_on_the_step():
     finally:
         for process in pair:
             process.kill()
-    assert [process.returncode for process in pair] == [EXIT_CODE] * 2, said
+    assert [process.returncode for process in pair] == [PREEMPTED] * 2, said
     assert said[0][0] == said[1][0], "they stopped at different steps"
     assert 20 < int(said[0][0]) < 2999
 

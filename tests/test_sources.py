@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from toy_world import TEXTS, toy_codec, toy_examples, toy_retriever
 
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance
-from jraggym.errors import InputError
+from jraggym.errors import PREEMPTED, InputError
 from jraggym.labelling import Decision
 from jraggym.objectives.critic import critic_loss
-from jraggym.preemption import EXIT_CODE, preemptible
+from jraggym.preemption import preemptible
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import batch_of, preferences
 from jraggym.sources.control import random_source
@@ -233,7 +233,7 @@ def test_relabelling_stops_behind_the_chunk_in_which_a_signal_came(tmp_path):
 
     with pytest.raises(SystemExit) as end, preemptible():
         run("cut")
-    assert end.value.code == EXIT_CODE
+    assert end.value.code == PREEMPTED
     assert asked == [2, 2]
     found = run("cut")
     assert asked == [2, 2, 1]

@@ -21,11 +21,11 @@ from typing import Annotated
 
 import tyro
 
-from jraggym.errors import exit_on_input_error
+from jraggym.errors import PREEMPTED, exit_on_input_error
 from jraggym.launching import gke, local, pod, tpu_vm
 from jraggym.launching.gke import Gke
 from jraggym.launching.local import Local
-from jraggym.launching.processes import PREEMPTED, LaunchError
+from jraggym.launching.processes import LaunchError
 from jraggym.launching.tpu_vm import TpuVm
 
 Target = Local | TpuVm | Gke

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jraggym.errors import InputError
+from jraggym.errors import LOST, PREEMPTED, InputError
 from jraggym.launching.checks import check_carried, check_counts, check_name, check_place, require
 from jraggym.launching.processes import (
-    ORPHANED,
-    PREEMPTED,
     CommandFailed,
     LaunchError,
     Report,
@@ -79,7 +77,7 @@ def create(settings: Gke, command: Sequence[str]) -> list[str]:
         f"--num-slices={slices.number}",
         f"--docker-image={settings.image}",
         f"--max-restarts={settings.restarts}",
-        f"--restart-on-exit-codes={ORPHANED},{PREEMPTED}",
+        f"--restart-on-exit-codes={LOST},{PREEMPTED}",
         f"--termination-grace-period-seconds={settings.grace}",
         f"--command=exec {shlex.join(command)}",
     ]

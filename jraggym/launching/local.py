@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jraggym.errors import InputError
+from jraggym.errors import PREEMPTED, InputError
 from jraggym.launching.checks import check_command, check_counts
-from jraggym.launching.processes import PREEMPTED, LaunchError, Preempted, Report, run_together, tail_of, with_restarts
+from jraggym.launching.processes import LaunchError, Preempted, Report, run_together, tail_of, with_restarts
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from typing import Any
 
 import tenacity
 
-from jraggym.errors import InputError
+from jraggym.errors import LOST, PREEMPTED, InputError
 from jraggym.launching import tpu_vm
 from jraggym.launching.checks import require
 from jraggym.launching.processes import (
-    ORPHANED,
-    PREEMPTED,
     CommandFailed,
     LaunchError,
     Preempted,
@@ -228,7 +226,7 @@ class Pod:
         ended = run_together({node: argv(node) for node in nodes}, show, grace=GRACE)
         if not ended.code:
             return
-        own = (codes or {ended.code}) - {PREEMPTED, ORPHANED, BROKEN}  # failures of a worker's own
+        own = (codes or {ended.code}) - {PREEMPTED, LOST, BROKEN}  # failures of a worker's own
         what = f"{ended.name}: exit code {min(own, default=ended.code)}"
         if not own and PREEMPTED in codes | {ended.code}:
             raise Preempted(f"{what}, preempted")
@@ -237,7 +235,7 @@ class Pod:
             raise LaunchError(f"{what}; somebody gave the slices back", ended.code)
         if _state(request) != "ACTIVE" or {*self._node_states(nodes)} != {"READY"}:
             raise Preempted(f"{what}; the slices were taken away")
-        if not own and ORPHANED in codes | {ended.code}:
+        if not own and LOST in codes | {ended.code}:
             raise Preempted(f"{what}; a worker is gone")
         if not own:
             raise ConnectionLost(f"{ended.name} cannot be reached, though it is ready:\n{tail_of(ended.tail)}")

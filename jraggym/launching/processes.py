@@ -17,8 +17,8 @@ from typing import IO, NamedTuple, TypeVar
 
 import tenacity
 
-PREEMPTED = 75  # EX_TEMPFAIL: the command saved its state and wants to be run again
-ORPHANED = 69  # EX_UNAVAILABLE: a process whose job is over because another one is gone
+from jraggym.errors import PREEMPTED
+
 TAIL = 20  # lines of a log that an error repeats
 CALLS, PAUSE = 5, 2.0  # attempts of a command that fails in a passing way; seconds before the second one, about
 PASSING = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED)\b|per minute|Connection reset|timed out")

@@ -25,8 +25,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jraggym.errors import PREEMPTED
+
 NOTHING = 66  # EX_NOINPUT: there is no command to show
-LOST = 75  # the machine restarted under the command: run it again
 PATIENCE = 120.0  # seconds between SIGTERM and SIGKILL for an attempt that a newer one takes the place of
 SHOWN = 20_000  # characters of an older log that one sees who comes later
 
@@ -108,7 +109,7 @@ def _follow(folder: Path, run: Path, *, whole: bool) -> int:
     if (run / "exit").exists():
         return int((run / "exit").read_text())
     _tell(f"attempt {run.name} vanished without an exit code: the machine restarted, or its memory was used up")
-    return LOST
+    return PREEMPTED
 
 
 def _end(run: Path) -> None:
