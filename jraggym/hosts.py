@@ -159,6 +159,8 @@ def slice_hosts(environment: Mapping[str, str], metadata: Callable[[str], str] |
     names, worker = environment.get("TPU_WORKER_HOSTNAMES", ""), environment.get("TPU_WORKER_ID", "0")
     if not names and (metadata is not None or _has_tpu(environment)):
         read = metadata or _metadata
+        lines = (line.partition(":") for line in read("tpu-env").splitlines())  # where several slices say so
+        environment = {**{key.strip(): value.strip().strip("'") for key, _, value in lines}, **environment}
         parts = [endpoint.split(":") for endpoint in read("worker-network-endpoints").split(",")]
         names, worker = ",".join(part[2] if len(part) == 3 else part[0] for part in parts), read("agent-worker-number")
     each = [name.strip() for name in names.split(",") if name.strip()]
@@ -171,7 +173,9 @@ def slice_hosts(environment: Mapping[str, str], metadata: Callable[[str], str] |
 
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:
-    return "TPU_SKIP_MDS_QUERY" not in environment and any(Path("/dev").glob("accel[0-9]*"))
+    # accel of v4, vfio of later ones; where PCI shows no TPU, jax itself sets the variable.
+    nodes = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return "TPU_SKIP_MDS_QUERY" not in environment and bool(nodes)
 
 
 def _metadata(key: str) -> str:

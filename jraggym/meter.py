@@ -42,7 +42,8 @@ Tell = Callable[[int, Mapping[str, float]], None]
 class Meter:
     """Measures each step, and tells (step, measures) one step later, so that no device is waited for.
 
-    With a `folder`, a file `trace` in it asks for a profiler's trace of the next steps in `folder`/profile.
+    With a `folder`, a file `trace` in it asks for a profiler's trace of the next steps in `folder`/profile. To be left
+    as a context, which tells the last step and ends a trace under way.
     """
 
     def __init__(self, tell: Tell | None = None, folder: Path | None = None):
@@ -76,7 +77,10 @@ class Meter:
             measures["mfu"] = self._flops / measures["seconds"] / (peak * jax.device_count())
         self._tell(number, measures)
 
-    def close(self) -> None:
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Tells the last step, and ends a trace that is under way."""
         self.finish()
         if self._traced:

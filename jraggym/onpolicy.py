@@ -103,7 +103,6 @@ def train_on_policy(
     `meter` measures the iterations. Raises InputError when a metric is not finite, naming the step; the last
     checkpoint stays as it is.
     """
-    meter = meter or Meter()
     _check(job, value_weights)
     state, history, saved, evaluated = _start(job, weights, value_weights), History(report), 0, False
     if checkpointer is not None and checkpointer.latest() is not None:
@@ -119,30 +118,30 @@ def train_on_policy(
             with spent("checkpoint"):
                 checkpointer.save(iteration, state, data)
 
-    for iteration in range(saved, job.schedule.iterations + 1):
-        last = iteration == job.schedule.iterations
-        try:
-            if last or iteration % every == 0:
-                if evaluate is not None and not evaluated:
-                    with spent("evaluate"):
-                        evaluate(iteration, policy_of(job, state))
-                evaluated = True
+    with meter or Meter() as cost:
+        for iteration in range(saved, job.schedule.iterations + 1):
+            last = iteration == job.schedule.iterations
+            try:
+                if last or iteration % every == 0:
+                    if evaluate is not None and not evaluated:
+                        with spent("evaluate"):
+                            evaluate(iteration, policy_of(job, state))
+                    evaluated = True
+                    save(iteration)
+                if last:
+                    break
+                if should_stop():
+                    raise Preempted
+                with spent("rollout"):
+                    gathered = job.gather(policy_of(job, state), iteration)
+            except Preempted:
                 save(iteration)
-            if last:
-                break
-            if should_stop():
-                raise Preempted
-            with spent("rollout"):
-                gathered = job.gather(policy_of(job, state), iteration)
-        except Preempted:
-            save(iteration)
-            raise
-        with spent("compute"):
-            state, metrics = _improve(job, state, gathered, iteration)
-        evaluated = False
-        history.add(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
-        meter.step(iteration + 1, gathered.tokens)
-    meter.close()
+                raise
+            with spent("compute"):
+                state, metrics = _improve(job, state, gathered, iteration)
+            evaluated = False
+            cost.step(iteration + 1, gathered.tokens)
+            history.add(iteration + 1, {**gathered.metrics, "sampled_tokens": float(gathered.tokens), **metrics})
     return state
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from jraggym.errors import InputError
+from jraggym.errors import PREEMPTED, InputError
 
 PERIOD = 1.0  # seconds between signs of life
 GRACE = 2.0  # seconds for all to report the same failure, or a death that is behind it
@@ -122,9 +122,10 @@ class Hub:
                 return self._tell("bye all")
             if reason := self._lost(now) or (self._missing() if not gone and now - start > self.timeout else ""):
                 return self._tell(f"end {reason}")
-            if any(code for code, _ in self._left.values()):
+            if codes := {code for code, _ in self._left.values()} - {0}:
                 failed_at = failed_at or now
-                if now - failed_at > GRACE:
+                # All save at the same step when they are preempted, and some have more to do after it.
+                if now - failed_at > (self.timeout if codes == {PREEMPTED} else GRACE):
                     return self._blame()
 
     def _hear(self, line: Line | None) -> None:
@@ -217,10 +218,10 @@ class Member:
     def leave(self, code: int = 0, why: str = "") -> bool:
         """Says that this process ends; True when all the others do, False when it is alone with its failure.
 
-        With code 0 it waits for all the others.
+        With code 0, and preempted, it waits for all the others.
         """
         self._line.send(f"bye {code} {why}")
-        self._over.wait(None if code == 0 else 3 * GRACE)
+        self._over.wait(None if code in (0, PREEMPTED) else 3 * GRACE)
         return self._farewell == "all"
 
     def _listen(self) -> None:

@@ -232,23 +232,23 @@ def fit(
             with spent("checkpoint"):
                 checkpointer.save(done, state, {"step": done, "history": history.saved()})
 
-    step, meter = shared_step(run.objective, run.optimization), meter or Meter()
-    for i in range(int(state.step), run.optimization.steps):
-        stop = should_stop()
-        if stop or i % every == 0:
-            save(i)
-        if stop:
-            raise Preempted
-        with spent("data"):
-            batch = batch_at(run.batches, i, run.mesh)
-        meter.count(lambda: _model_flops(run, optimizer, state, batch))  # noqa: B023
-        with spent("compute"):
-            state, metrics = step(state, batch, run.frozen, run.seed)
-            watch.look(i, metrics)
-        history.add(i + 1, metrics)
-        meter.step(i + 1, tokens_of(batch))
-    save(run.optimization.steps)
-    meter.close()
+    step = shared_step(run.objective, run.optimization)
+    with meter or Meter() as cost:
+        for i in range(int(state.step), run.optimization.steps):
+            stop = should_stop()
+            if stop or i % every == 0:
+                save(i)
+            if stop:
+                raise Preempted
+            with spent("data"):
+                batch = batch_at(run.batches, i, run.mesh)
+            cost.count(lambda: _model_flops(run, optimizer, state, batch))  # noqa: B023
+            with spent("compute"):
+                state, metrics = step(state, batch, run.frozen, run.seed)
+                watch.look(i, metrics)
+            cost.step(i + 1, tokens_of(batch))
+            history.add(i + 1, metrics)
+        save(run.optimization.steps)
     return state.weights
 
 

@@ -94,7 +94,6 @@ def test_several_hosts_compute_what_one_computes(tmp_path, number):
     mesh = make_mesh(*MESHES[2 * number])
     whole = prefer(mesh, tmp_path / "one")
     shutil.copytree(tmp_path / "one" / "2", tmp_path / "several" / "resumed" / "2")
-    policy = improve(mesh)
     codes = [(code, error) for code, _, error in run("equal", tmp_path / "several", number)]
     assert [code for code, _ in codes] == [0] * number, codes
     found = {path.stem: dict(np.load(path)) for path in (tmp_path / "several").glob("*.npz")}
@@ -104,11 +103,13 @@ def test_several_hosts_compute_what_one_computes(tmp_path, number):
     shutil.copytree(tmp_path / "several" / "whole" / "2", tmp_path / "back" / "2")
     same(whole, prefer(mesh, tmp_path / "back"))  # and from several to one
 
-    same(policy, found["policy"])
-    ours, theirs = policy["work"], found["policy"]["work"]
-    assert (theirs.sum(axis=0) == ours[0]).all(), "each search and each label is made once, on one host"
-    assert (theirs > 0).all() or number == 4, "every host retrieves for its own episodes"
     np.testing.assert_array_equal(found["search"]["found"], search_sharded(mesh)[1])
+    if number == 2:
+        policy = improve(mesh)
+        same(policy, found["policy"])
+        ours, theirs = policy["work"], found["policy"]["work"]
+        assert (theirs.sum(axis=0) == ours[0]).all(), "each search and each label is made once, on one host"
+        assert (theirs > 0).all(), "every host retrieves for its own episodes"
 
 
 def test_what_processes_tell_one_another(tmp_path):
@@ -232,8 +233,12 @@ def test_the_environment_of_a_slice(environment, expected):
 
 @pytest.mark.parametrize("endpoints", ["10.0.0.1,10.0.0.2", "a:1:10.0.0.1,b:2:10.0.0.2"])
 def test_the_metadata_of_a_slice(endpoints):
-    found = slice_hosts({}, {"worker-network-endpoints": endpoints, "agent-worker-number": "1"}.__getitem__)
-    assert found == Hosts("10.0.0.1:8475", 2, 1)
+    values = {"worker-network-endpoints": endpoints, "agent-worker-number": "1", "tpu-env": ""}
+    assert slice_hosts({}, values.__getitem__) == Hosts("10.0.0.1:8475", 2, 1)
+    values["tpu-env"] = (
+        "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9:8080'"
+    )
+    assert slice_hosts({}, values.__getitem__) == Hosts("10.0.0.9:8475", 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,11 @@ def test_a_whole_launch_on_two_slices():
     settings = tpu(topology="2xv5p:4x4x4", bucket="my-bucket", delete_after=True)
     queued = [["gcloud", "compute", "tpus", "queued-resources", verb, "dpo", *PLACE] for verb in ("describe", "delete")]
     vm = ["gcloud", "compute", "tpus", "tpu-vm"]
-    install = (
-        "mkdir -p jraggym-dpo/run && flock -n -E 0 jraggym-dpo/run/lock sh -c 'tar -xzf jraggym-dpo.tar.gz -C "
+    locked = (
+        "flock -n -E 0 jraggym-dpo/run/lock sh -c 'tar -xzf jraggym-dpo.tar.gz -C "
         "jraggym-dpo && exec bash jraggym-dpo/jraggym/launching/setup.sh jraggym-dpo my-bucket'"
     )
+    install = f"mkdir -p jraggym-dpo/run && flock jraggym-dpo/run/install sh -c {shlex.quote(locked)}"
     start = (
         "cd jraggym-dpo && exec .venv/bin/python -m jraggym.launching.worker --folder run --attempt ATTEMPT -- "
         "python -m train.dpo synthhop --out '/bucket/runs/it'\"'\"'s mine; $HOME'"

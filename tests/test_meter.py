@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +96,12 @@ def test_tokens_of_experience_and_of_what_has_none():
 def test_a_file_asks_for_a_trace_of_some_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOOK", 0.0)
     (tmp_path / "trace").touch()
-    told, meter = [], Meter(lambda step, measures: told.append(step), tmp_path)
-    for step in range(1, 8):
-        jnp.ones(3).block_until_ready()
-        meter.step(step, 1.0)
-        assert (tmp_path / "trace").exists() == (step <= module.TRACED), step
-    meter.close()
+    told = []
+    with Meter(lambda step, measures: told.append(step), tmp_path) as meter:
+        for step in range(1, 8):
+            jnp.ones(3).block_until_ready()
+            meter.step(step, 1.0)
+            assert (tmp_path / "trace").exists() == (step <= module.TRACED), step
     assert told == [*range(1, 8)]
     assert len(list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
 
@@ -108,8 +109,8 @@ def test_a_file_asks_for_a_trace_of_some_steps(tmp_path, monkeypatch):
 def test_a_run_that_ends_ends_its_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOOK", 0.0)
     (tmp_path / "trace").touch()
-    meter = Meter(None, tmp_path)
-    meter.step(1, 1.0)
-    meter.close()
+    with suppress(KeyboardInterrupt), Meter(None, tmp_path) as meter:
+        meter.step(1, 1.0)
+        raise KeyboardInterrupt
     assert not (tmp_path / "trace").exists()
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))

@@ -225,17 +225,17 @@ def test_sizes_of_types():
 def test_exchanges_under_weak_scaling_grow_as_theory_says(axis):
     from benchmarks.weak_scaling import table, weight_bytes
 
-    two, eight = table(axis, (2, 8))
-    total = [sum(row["bytes"].values()) for row in (two, eight)]
+    two, four = table(axis, (2, 4))
+    total = [sum(row["bytes"].values()) for row in (two, four)]
     if axis == "data":  # every gradient once for the prompts' pass and once for the branches', on any number of devices
-        assert two["count"] == eight["count"]
-        assert weight_bytes() <= eight["bytes"]["all-reduce"] < 2.5 * weight_bytes()
+        assert two["count"] == four["count"]
+        assert weight_bytes() <= four["bytes"]["all-reduce"] < 2.5 * weight_bytes()
         assert total[0] == pytest.approx(total[1], rel=0.01)
     elif axis == "fsdp":  # no more exchanges of more devices
-        assert two["count"] == eight["count"]
+        assert two["count"] == four["count"]
         assert two["count"]["all-gather"] > 0
     else:  # rows are not split: bytes grow with them
-        assert total[1] > 3 * total[0]
+        assert total[1] > 1.5 * total[0]
 
 
 # ---------------------------------------------------------------- memory and time

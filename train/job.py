@@ -244,8 +244,8 @@ def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
 
 
 def plain(experiment: Any) -> dict[str, Any]:
-    """The fields that decide the result."""
+    """The fields that decide the result, up to rounding: a job may go on on other devices."""
     found = dataclasses.asdict(experiment)
     if hasattr(experiment, "how"):
         found["how"]["judge"] = settings_of(experiment.how.judge)
-    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every", "hosts")}
+    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every", "hosts", "devices")}

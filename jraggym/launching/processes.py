@@ -17,7 +17,7 @@ from typing import IO, NamedTuple, TypeVar
 
 import tenacity
 
-from jraggym.errors import PREEMPTED
+from jraggym.errors import LOST, PREEMPTED
 
 TAIL = 20  # lines of a log that an error repeats
 CALLS, PAUSE = 5, 2.0  # attempts of a command that fails in a passing way; seconds before the second one, about
@@ -153,6 +153,7 @@ def run_together(
             while open_ := {name: p for name, p in running.items() if p.poll() is None}:
                 _show(lines, tails, show)
                 failed = [name for name, p in running.items() if p.poll()]
+                failed.sort(key=lambda name: running[name].returncode == LOST)  # that one tells of another's end
                 if failed and not first.code:
                     first = Ended(_code(running[failed[0]]), failed[0], ())
                     deadline = min(deadline, time.monotonic() + grace)

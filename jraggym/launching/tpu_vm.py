@@ -140,7 +140,9 @@ def install_line(settings: TpuVm) -> str:
     unpack = shlex.join(["tar", "-xzf", f"{there}.tar.gz", "-C", there])
     setup = shlex.join(["bash", f"{there}/jraggym/launching/setup.sh", there, *filter(None, [settings.bucket])])
     locked = shlex.join(["flock", "-n", "-E", "0", f"{there}/run/lock", "sh", "-c", f"{unpack} && exec {setup}"])
-    return f"{shlex.join(['mkdir', '-p', f'{there}/run'])} && {locked}"
+    # One install after the other: where a connection broke, the next one waits for what still runs.
+    alone = shlex.join(["flock", f"{there}/run/install", "sh", "-c", locked])
+    return f"{shlex.join(['mkdir', '-p', f'{there}/run'])} && {alone}"
 
 
 def worker_line(settings: TpuVm, command: Sequence[str], attempt: str | None = None, replace: bool = False) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jraggym import steps
 from jraggym.chats.connection import Server
 from jraggym.chats.opening import ChatSpec, open_chat
@@ -74,7 +76,10 @@ class Label(Experiment):
 
 
 def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tuple[None, dict[str, Any]]:
-    """Writes `out`/labels/REWARDS and returns what is in it."""
+    """Writes `out`/labels/REWARDS and returns what is in it. Raises InputError on several processes."""
+    if jax.process_count() > 1:
+        got = f"{jax.process_count()} processes"
+        raise InputError("labelling runs in one process", got=got, remedy="Start it on one machine, without --hosts.")
     data = open_dataset(experiment.data)
     source = source_of(shop, experiment.rewards, data, start.weights, experiment.how)
     labelled = label(shop, experiment.rewards, source, data)

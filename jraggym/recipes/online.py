@@ -25,7 +25,7 @@ from jraggym.hosts import agreed, lead
 from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
-from jraggym.models.critic import Critic, critic_specs
+from jraggym.models.critic import Critic
 from jraggym.models.decoder import Decoder, init
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
@@ -163,11 +163,9 @@ def _check(experiment: Grpo | Ppo) -> None:
 def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
     if folder is None:
         return None
-    found = open_model(folder, "critic")
+    found = open_model(folder, "critic", ready.mesh)
     _same_words(found, shop)
-    critic = found.weights
-    table = critic_specs(shop.config, likelihood=critic.likelihood is not None)
-    return critic if ready.mesh is None else place(critic, shardings(table, ready.mesh))
+    return found.weights
 
 
 def _same_words(critic: Model, shop: Workshop) -> None:
