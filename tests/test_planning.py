@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from jraggym.errors import InputError
+from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.planning.costs import Roofline, exchange_seconds, rings, roofline
 from jraggym.planning.flops import count_flops
@@ -19,10 +20,11 @@ from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of
 from jraggym.planning.plan import Plan, best, choices, fitted, plan, search
 from jraggym.planning.programs import abstract_weights, programs
 from jraggym.planning.topologies import CHIPS, GIB, Topology, parse_topology
-from jraggym.recipes.experiment import Devices
-from jraggym.recipes.offline import Sft
+from jraggym.recipes.experiment import Devices, Placed, critic_on
+from jraggym.recipes.offline import Dpo, Sft, reference_rows
 from jraggym.recipes.settings import Settings
-from jraggym.sharding import make_mesh, place, shardings
+from jraggym.sharding import MESH_AXES, make_mesh, place, shardings
+from jraggym.steps import Network
 from jraggym.training import Optimization, abstract_state, init_state
 
 needs_libtpu = pytest.mark.skipif(
@@ -376,8 +378,36 @@ def test_every_program_of_the_large_experiments_can_be_traced(name):
     made = programs(dataclasses.replace(experiment, settings=settings), make_mesh(1, 8, 1))
     names = {"grpo": ["rollout, one turn", "experience", "policy step"]}
     names["ppo"] = [*names["grpo"], "value step"]
+    names["dpo"] = ["reference", "step"]
     assert [program.name for program in made] == names.get(name.split("-")[0], ["step"])
     assert all(count_flops(program.trace().jaxpr, program.trips) > 0 for program in made)
+
+
+def test_the_reference_is_planned_with_as_many_rows_as_training_gives_it():
+    for parts in (1, 4):  # micro-batches of so few rows could not be split
+        model = dataclasses.replace(TINY, attention="splash", dtype="bfloat16", remat="layer")
+        settings = Settings(model=model, states=64, max_prompt=16, max_action=8, contrasts=2)
+        experiment = Dpo(out=Path("x"), settings=settings, parts=parts)
+        [reference, step] = programs(experiment, make_mesh(8, 1, 1))
+        assert (reference.name, reference.tokens) == ("reference", 16 * (16 + 2 * 8))
+        assert 0 < count_flops(reference.trace().jaxpr) < count_flops(step.trace().jaxpr) / 4
+    [only] = programs(dataclasses.replace(experiment, keep_reference=False), make_mesh(8, 1, 1))
+    assert only.name == "step"
+    assert reference_rows(AbstractMesh((2, 32, 2), MESH_AXES)) == 64
+    assert reference_rows(None) == 16
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 4, 2)])
+def test_a_fresh_critic_on_a_trunk_has_the_bits_of_one_drawn_whole(mesh):
+    table, key = critic_specs(TINY, likelihood=True), jax.random.key(3)
+    net = Network(TINY, mesh=make_mesh(*mesh) if mesh else None)
+    trunk = init(specs(TINY), jax.random.key(4))
+    trunk = place(trunk, shardings(specs(TINY), net.mesh)) if mesh else trunk
+    found, whole = critic_on(Placed(net, trunk, trunk, net.mesh), table, key), init(table, key)
+    np.testing.assert_array_equal(found.head, whole.head)
+    np.testing.assert_array_equal(found.likelihood, whole.likelihood)
+    assert found.trunk is trunk
+    assert len(found.head.devices()) == (8 if mesh else 1)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from jraggym.models.lora import lora_specs
 from jraggym.objectives.policy import Experience
 from jraggym.recipes.collecting import Collect
 from jraggym.recipes.experiment import Experiment, critic_table
-from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of
+from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of, reference_program, reference_rows
 from jraggym.recipes.online import Grpo, Ppo
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
@@ -140,8 +140,9 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         bucket = max(buckets(settings.edges, settings.tokens, 1), key=lambda b: b.rows * (b.prompt + b.action))
         rows = (bucket.rows, bucket.prompt, bucket.action, 1)
     _check_parts(rows[0], experiment.parts, mesh)
-    batch = empty_batch(*rows)
+    batch, before = empty_batch(*rows), []
     if isinstance(experiment, Dpo) and experiment.keep_reference:
+        before = [_reference(models, rows[1:], mesh)]
         batch = batch.replace(reference_logprob=batch.behaviour_logprob)  # type: ignore[attr-defined]
     weights = models.weights
     if isinstance(experiment, CriticTraining):
@@ -149,7 +150,17 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         weights = abstract_weights(table, mesh)
     objective = objective_of(experiment, models.net)
     update = _Update(objective, experiment.optimization, weights, spread(batch, mesh), models.frozen)
-    return [update.program("step", _tokens(batch))]
+    return [*before, update.program("step", _tokens(batch))]
+
+
+def _reference(models: _Models, sizes: tuple[int, int, int], mesh: Mesh) -> Program:
+    """What runs over all data before DPO's first step."""
+    batch = empty_batch(reference_rows(mesh), *sizes)
+    given, run = spread(batch, mesh), reference_program(models.net)
+    held = {"frozen": models.frozen, "batch": given}
+    if models.net.lora is not None:
+        held["weights"] = models.weights
+    return Program("reference", lambda: run.trace(models.frozen, given), held, _tokens(batch))
 
 
 def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:

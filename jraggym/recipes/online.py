@@ -26,10 +26,10 @@ from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic, critic_specs
-from jraggym.models.decoder import Decoder, init
+from jraggym.models.decoder import Decoder
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_table, placed_decoder
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
 from jraggym.recipes.quickstart import Workshop
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
@@ -118,7 +118,9 @@ def learn(
     experiment: Experiment, job: OnPolicy, shop: Workshop, ready: Placed, score: Score, log: Log
 ) -> tuple[Model, dict[str, Any]]:
     """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
-    value = _value(shop, ready) if isinstance(job.algorithm, PPO) else None
+    # A value function starts from the actor's trunk (from fresh adapters under LoRA).
+    ppo = isinstance(job.algorithm, PPO)
+    value = critic_on(ready, critic_table(ready.net), shop.key("value")) if ppo else None
     name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
     points, spent = agreed(curve.points()), {0: 0.0}
     known = {point["iteration"] for point in points}
@@ -177,13 +179,6 @@ def _same_words(critic: Model, shop: Workshop) -> None:
     if not fits or critic.tokenizer.encode([INSTRUCTION]) != shop.tokenizer.encode([INSTRUCTION]):
         remedy = "Train it from the same actor with train.critic."
         raise InputError("the critic is of another kind of model than the actor", got=critic.config, remedy=remedy)
-
-
-def _value(shop: Workshop, ready: Placed) -> Critic:
-    """A value function: a copy of the actor's trunk (fresh adapters under LoRA) and a new head."""
-    table = critic_table(ready.net)
-    value = dataclasses.replace(init(table, shop.key("value")), trunk=ready.weights)
-    return value if ready.mesh is None else place(value, shardings(table, ready.mesh))
 
 
 def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer:
