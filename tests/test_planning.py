@@ -202,6 +202,11 @@ def test_exchanges_and_traffic_of_a_program_are_counted_by_hand():
     assert module.traffic == 16 * (gathered + sliced + counter) + scattered  # nothing of fast memory
 
 
+def test_loops_with_unsigned_counters_are_counted():
+    unsigned = parse(TEXT.replace("s32[]", "u32[]"), 8)
+    assert {c.kind: c.times for c in unsigned.collectives} == {"all-gather": 16, "reduce-scatter": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [

@@ -8,12 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
-from jraggym.sharding import make_mesh, mesh_of
+from jraggym.sharding import make_mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ GIB = 2**30
 CHIPS = {
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9, 2, "https://docs.cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 6.2e9, 3, "https://docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(918e12, 31.25 * GIB, 1600e9, 100e9, 12.5e9, 2, "https://docs.cloud.google.com/tpu/docs/v6e"),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9, 2, "https://docs.cloud.google.com/tpu/docs/v6e"),
 }
 
 
@@ -67,11 +66,7 @@ class Topology:
             got = f"data={data}, fsdp={fsdp}, tensor={tensor} on {self.size} chips in {self.slices} slices"
             remedy = "Their product must be the number of chips, and data a multiple of the slices."
             raise InputError("the mesh does not fit the topology", got=got, remedy=remedy)
-        devices = self._devices()
-        if self.slices == 1:
-            return make_mesh(data, fsdp, tensor, devices=devices)
-        inner, outer = (data // self.slices, fsdp, tensor), (self.slices, 1, 1)
-        return mesh_of(np.asarray(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)))
+        return make_mesh(data, fsdp, tensor, devices=self._devices())
 
     def _devices(self) -> list[Any]:
         # On a machine without a TPU, libtpu would ask the cloud's metadata server what it runs on, and wait for it.
