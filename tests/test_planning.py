@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jraggym.errors import InputError
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
-from jraggym.planning.costs import Roofline, exchange_seconds, rings, roofline
+from jraggym.planning.costs import Roofline, exchange_seconds, links, roofline
 from jraggym.planning.flops import count_flops
 from jraggym.planning.hlo import Collective, group_of, parse, size_of
 from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of_memory, refusal
@@ -297,15 +297,36 @@ def test_the_compilers_refusal_is_read():
 
 
 def test_seconds_of_exchanges():
-    pod, two = parse_topology("v5e:8x8"), parse_topology("2xv5e:2x2")
-    chip = CHIPS["v5e"]
-    gather = Collective("all-gather", 8_000, tuple(range(8)), 1)
-    assert exchange_seconds(pod, gather) == pytest.approx(8_000 * 7 / 8 / (2 * chip.link_rate))
-    reduce = Collective("all-reduce", 8_000, tuple(range(64)), 1)
-    assert exchange_seconds(pod, reduce) == pytest.approx(2 * 8_000 * 63 / 64 / (4 * chip.link_rate))
-    far = Collective("all-reduce", 8_000, (0, 4), 1)
-    assert exchange_seconds(two, far) == pytest.approx(8_000 / chip.slice_rate)
-    assert [rings((4, 4, 4), n) for n in (2, 4, 8, 16, 64)] == [1, 1, 2, 2, 3]
+    chip, pod = CHIPS["v5p"], parse_topology("v5p:4x4x4")
+
+    def seconds(topology, kind, group):
+        return exchange_seconds(topology, Collective(kind, 8_000, tuple(group), 1))
+
+    assert seconds(pod, "all-gather", range(4)) == pytest.approx(8_000 * 3 / 4 / (2 * chip.link_rate))
+    assert seconds(pod, "all-gather", range(8)) == pytest.approx(8_000 * 7 / 8 / chip.link_rate)
+    assert seconds(pod, "all-reduce", range(64)) == pytest.approx(2 * 8_000 * 63 / 64 / (6 * chip.link_rate))
+    assert seconds(pod, "collective-permute", (0, 1)) == pytest.approx(8_000 / chip.link_rate)
+
+    chip, two = CHIPS["v5e"], parse_topology("2xv5e:2x2")
+    assert seconds(two, "all-reduce", (0, 4)) == pytest.approx(8_000 / chip.slice_rate)
+    assert seconds(two, "collective-permute", (0, 4)) == pytest.approx(8_000 / chip.slice_rate)
+    within, between = 8_000 * 3 / 4 / (2 * chip.link_rate), 8_000 / 4 / 2 / chip.slice_rate
+    assert seconds(two, "reduce-scatter", range(8)) == pytest.approx(within + between)
+    assert seconds(two, "all-reduce", range(8)) == pytest.approx(2 * (within + between))
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v5p:4x4x4", {2: 1, 4: 2, 8: 1, 16: 4, 64: 6}),
+        ("v5p:2x2x4", {2: 1, 4: 2, 8: 2, 16: 3}),  # no whole cube: no rings
+        ("v5e:8x8", {2: 1, 4: 1, 8: 1, 64: 2}),
+        ("v6e:16x16", {4: 1, 16: 2, 32: 1, 256: 4}),
+        ("v5e:8x16", {8: 1, 16: 2, 128: 3}),
+    ],
+)
+def test_links_of_groups(topology, expected):
+    assert {n: links(parse_topology(topology), n) for n in expected} == expected
 
 
 def test_a_roofline_by_hand():

@@ -68,6 +68,8 @@ def main() -> None:
         if job.markdown:
             print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}")
         found = [run(job, name, topology) for topology in everything]
+        if job.markdown:
+            print(f"\n{ASSUMPTIONS}")
     if not all(found):
         raise SystemExit(1)
 
