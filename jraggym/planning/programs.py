@@ -32,6 +32,10 @@ from jraggym.text.batching import EMPTY_ROW, buckets, collate
 from jraggym.training import Optimization, Step, abstract_state
 
 
+# What sets the rows of a batch: of demonstrations, of stored states, of fresh groups.
+_ROWS = "--settings.tokens (SFT without --data), --settings.states or --schedule.rows"
+
+
 @dataclass(frozen=True)
 class Program:
     """One program, and what is in memory while it runs."""
@@ -94,9 +98,7 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     where, shards = batch_sharding(mesh), batch_shards(mesh)
     rows = jax.tree.leaves(tree)[0].shape[0]
     if rows % shards:
-        remedy = (
-            "Choose a multiple (--settings.states, --settings.episodes, --schedule.rows, --slots), or another mesh."
-        )
+        remedy = f"Choose a multiple with {_ROWS}, or another mesh."
         raise InputError(f"rows cannot be split over data * fsdp = {shards}", got=rows, remedy=remedy)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
@@ -105,7 +107,8 @@ def _check_parts(rows: int, parts: int, mesh: Mesh) -> None:
     shards = batch_shards(mesh)
     if rows % (parts * shards):
         got = f"{rows} rows in {parts} parts over {shards} shards"
-        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy="Lower --parts, or add rows.")
+        remedy = f"Lower --parts, or add rows with {_ROWS}."
+        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy=remedy)
 
 
 def empty_batch(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
