@@ -18,7 +18,7 @@ from jraggym.planning.flops import count_flops
 from jraggym.planning.hlo import Collective, group_of, parse, size_of
 from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of_memory, refusal
 from jraggym.planning.plan import Plan, best, choices, fitted, plan, search
-from jraggym.planning.programs import abstract_weights, programs
+from jraggym.planning.programs import abstract_weights, left_out, programs
 from jraggym.planning.topologies import CHIPS, GIB, Topology, parse_topology
 from jraggym.recipes.experiment import Devices, Placed, critic_on
 from jraggym.recipes.offline import Dpo, Sft, reference_rows
@@ -346,6 +346,7 @@ def _sft(rows=4, prompt=16, action=8, config=TINY, **more):
 
 def _plan(experiment="x", temporaries=1.0, seconds=1.0, **more):
     where = {"topology": parse_topology("v5e:2x2"), "devices": Devices(1, 4, 1), "remat": "dots", "parts": 1}
+    where["rows"] = 8
     memory = {"weights": 1.0 * GIB, "temporaries": temporaries * GIB}
     times = Roofline(seconds, 0.0, 0.0, seconds)
     return Plan(experiment, "step", **{**where, **more}, tokens=1, memory=memory, seconds=1.0, times=times)
@@ -353,6 +354,11 @@ def _plan(experiment="x", temporaries=1.0, seconds=1.0, **more):
 
 def test_remedies_name_what_is_too_large():
     assert _plan(temporaries=20).remedies()[:2] == ["--settings.model.remat layer", "--parts 2"]
+    split = _plan(temporaries=20, parts=2)  # four micro-batches of 8 rows over 4 shards there are not
+    assert split.remedies()[:2] == ["--settings.model.remat layer", "--devices.tensor 2 --devices.fsdp 2"]
+    cached = dataclasses.replace(_plan(rows=0), memory={"weights": 12.0 * GIB, "KV cache": 8.0 * GIB})
+    assert [remedy.split()[0] for remedy in cached.remedies()[:2]] == ["--devices.tensor", "fewer"]
+    assert not any("--parts" in remedy or "lora" in remedy for remedy in cached.remedies())
     held = dataclasses.replace(_plan(), memory={"weights": 20.0 * GIB, "temporaries": 1.0})
     assert not held.fits
     assert "--lora.rank 16" in held.remedies()[0]
@@ -364,6 +370,8 @@ def test_the_best_choice_fits_and_is_the_fastest():
     slow, fast, large = _plan("slow", seconds=2.0), _plan("fast"), _plan("large", 20, 0.5)
     assert best([[slow], [fast], [large]]) == [fast]
     assert best([[large]]) is None
+    often, seldom = _plan("often", seconds=2.0, runs=9), _plan("seldom", seconds=3.0, runs=1)
+    assert best([[often, fast], [seldom, slow]]) == [seldom, slow]
 
 
 def test_an_experiment_is_fitted_to_a_topology():
@@ -407,6 +415,69 @@ def test_every_program_of_the_large_experiments_can_be_traced(name):
     names["dpo"] = ["reference", "step"]
     assert [program.name for program in made] == names.get(name.split("-")[0], ["step"])
     assert all(count_flops(program.trace().jaxpr, program.trips) > 0 for program in made)
+
+
+def _small_online(name, **fields):
+    """An on-policy experiment in two layers."""
+    from train.plan import EXPERIMENTS
+
+    sizes = {"states": 8, "max_prompt": 16, "max_action": 8, "episodes": 8, "max_turns": 3}
+    experiment = EXPERIMENTS[name][1]
+    settings = dataclasses.replace(experiment.settings, model=TINY, **sizes)
+    schedule = dataclasses.replace(experiment.schedule, rows=8, prompt=16, action=8, candidates=4, updates=2, epochs=3)
+    return dataclasses.replace(experiment, settings=settings, schedule=schedule, slots=8, questions=20, **fields)
+
+
+def test_a_critic_whose_scores_are_rewards_is_planned():
+    mesh = make_mesh(8, 1, 1)
+    plain, scored = (
+        {program.name: program for program in programs(_small_online("ppo-llama-8b", **fields), mesh)}
+        for fields in ({}, {"rewards": "critic", "critic": Path("x")})
+    )
+    for name, program in scored.items():  # it stays in memory all the time
+        assert bytes_on_device(program.held) - bytes_on_device(plain[name].held) > bytes_on_device(plain[name].held) / 9
+    flops = [count_flops(p["rollout, one turn"].trace().jaxpr, (1, 8)) for p in (plain, scored)]
+    assert flops[1] > 1.2 * flops[0]  # its passes over prompts and actions
+    with pytest.raises(InputError, match="a critic goes with rewards=critic"):
+        programs(_small_online("ppo-llama-8b", rewards="critic"), mesh)
+
+
+@pytest.mark.parametrize(("rewards", "episodes"), [("process", 20), ("outcome", 20 * 4)])
+def test_how_often_programs_run_in_an_iteration(rewards, episodes):
+    made = programs(_small_online("grpo-llama-8b", rewards=rewards), make_mesh(8, 1, 1))
+    turns = 3 * -(-episodes // 8)
+    assert {p.name: p.runs for p in made} == {"rollout, one turn": turns, "experience": 1, "policy step": 6}
+
+
+def test_what_a_plan_leaves_out_is_said():
+    from train.plan import EXPERIMENTS
+
+    found = {name: left_out(EXPERIMENTS[f"{name}-llama-8b"][1]) for name in ("sft", "critic", "ppo", "collect")}
+    assert found["sft"] == found["ppo"] == "greedy rollouts of the evaluation"
+    assert "held-out labels" in found["critic"]
+    assert found["collect"] == "nothing"
+
+
+def test_an_unknown_program_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(Topology, "mesh", lambda *_: make_mesh(1, 4, 1))
+    with pytest.raises(InputError, match=r"no such program; got rollout\. Use the beginning of step"):
+        list(plan(_sft(), parse_topology("v5e:2x2"), only="rollout"))
+    with pytest.raises(InputError, match="no such program"):  # of every choice
+        list(search(_sft(), parse_topology("v5e:2x2"), only="rollout"))
+
+
+def test_a_search_goes_on_where_the_compiler_fails(monkeypatch):
+    def compiled(option, *_, **__):
+        if option.devices.tensor == 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nmore")
+        if option.settings.model.remat != "layer":
+            raise InputError("rows cannot be split", got=6, remedy="Choose a multiple.")
+        yield _plan("fine")
+
+    monkeypatch.setattr("jraggym.planning.plan.plan", compiled)
+    tried = list(search(_sft(), parse_topology("v5e:2x2")))
+    assert {p.message for [p] in tried if not p.fits} == {"the compiler failed: INTERNAL: Mosaic failed"}
+    assert best(tried) == [_plan("fine")]
 
 
 def test_the_reference_is_planned_with_as_many_rows_as_training_gives_it():

@@ -97,7 +97,7 @@ class Ppo(Sampled):
 
 def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint."""
-    _check(experiment)
+    check_rewards(experiment)
     ready = placed_decoder(experiment, shop, start.weights)
     job = OnPolicy(
         ready.net,
@@ -154,7 +154,8 @@ def learn(
     return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result
 
 
-def _check(experiment: Grpo | Ppo) -> None:
+def check_rewards(experiment: Sampled) -> None:
+    """Raises InputError for unknown rewards, and where these and the critic do not belong together."""
     if experiment.rewards not in REWARDS:
         raise InputError("unknown rewards", got=experiment.rewards, remedy=f"Use one of {', '.join(REWARDS)}.")
     if (experiment.rewards == "critic") != (experiment.critic is not None):
