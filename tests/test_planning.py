@@ -552,6 +552,19 @@ def test_the_entry_says_by_its_exit_code_whether_it_fits(monkeypatch, capsys, te
         assert "change: --settings.model.remat layer" in capsys.readouterr().out
 
 
+def test_a_table_ends_with_what_it_assumes_and_leaves_out(monkeypatch, capsys):
+    from train import plan as entry
+
+    one = dataclasses.replace(_plan(), memory=dict.fromkeys(("weights", "activations", "KV cache", "temporaries"), GIB))
+    monkeypatch.setattr(entry, "plan", lambda *_, **__: iter([one, one]))
+    words = "train.plan dpo-llama-8b --topology v5e:2x2 v5e:2x4 --markdown"
+    monkeypatch.setattr("sys.argv", words.split())
+    entry.main()
+    *table, empty, assumed, _, left = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 4
+    assert (empty, assumed, left) == ("", entry.ASSUMPTIONS, "Not planned: greedy rollouts of the evaluation.")
+
+
 def test_the_entry_refuses_a_wrong_topology(monkeypatch, capsys):
     from train.plan import main
 
