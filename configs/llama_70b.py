@@ -2,7 +2,8 @@
 
 command   python -m train.plan dpo-llama-70b --topology v5p:4x4x4
           python -m train.dpo llama-70b --model MODEL --data runs/collect/data/data/dataset --data-dir data/hotpotqa
-hardware  64 chips of v5p, or 256 of v6e with --settings.states 256; the adapters of llama-70b-lora 64 chips of v5e
+hardware  64 chips of v5p, or 256 of v6e with --settings.states 256 (SFT: --settings.tokens 327680); the adapters of
+          llama-70b-lora 64 chips of v5e
 expected  see the table in the README. Not trained yet.
 """
 

@@ -34,9 +34,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of data * fsdp * tensor devices; InputError when a size is below 1 or there are too few devices.
+    """A mesh of data * fsdp * tensor devices, those of the job where no `devices` are given.
 
-    `devices` are those of this machine where none are given.
+    Several TPU slices are parts of the data axis: between them goes least.
+
+    Raises:
+        InputError: a size is below 1, there are too few devices, or data is no multiple of the slices.
     """
     sizes, there = (data, fsdp, tensor), jax.device_count() if devices is None else len(devices)
     if min(sizes) < 1 or math.prod(sizes) > there:
@@ -48,12 +51,21 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
         raise InputError("several processes work on all of their devices", got=got, remedy="Enlarge --devices.data.")
     chosen = list(jax.devices() if devices is None else devices)[: math.prod(sizes)]
     # An axis may be a part of a torus' axis: 8 x 8 chips of a torus of 4 x 4 x 4.
-    return mesh_of(mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True))
+    if (slices := _slices(chosen)) == 1:
+        arranged = mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True)
+    else:
+        if data % slices:
+            remedy = f"Give --devices.data {slices}, or a multiple."
+            raise InputError(f"the data axis cannot be split over {slices} slices", got=f"data={data}", remedy=remedy)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp, tensor), (slices, 1, 1), devices=chosen, allow_split_physical_axes=True
+        )
+    return Mesh(np.asarray(arranged), MESH_AXES, axis_types=AXIS_TYPES)
 
 
-def mesh_of(devices: np.ndarray) -> Mesh:
-    """The mesh of devices [data, fsdp, tensor] that were arranged already."""
-    return Mesh(devices, MESH_AXES, axis_types=AXIS_TYPES)
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices the devices belong to; others count as one."""
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
 
 
 def shardings(table: Any, mesh: Mesh) -> Any:

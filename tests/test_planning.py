@@ -8,21 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from jraggym.errors import InputError
+from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
-from jraggym.planning.costs import Roofline, exchange_seconds, rings, roofline
+from jraggym.planning.costs import Roofline, exchange_seconds, links, roofline
 from jraggym.planning.flops import count_flops
 from jraggym.planning.hlo import Collective, group_of, parse, size_of
 from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of_memory, refusal
 from jraggym.planning.plan import Plan, best, choices, fitted, plan, search
-from jraggym.planning.programs import abstract_weights, programs
+from jraggym.planning.programs import abstract_weights, left_out, programs
 from jraggym.planning.topologies import CHIPS, GIB, Topology, parse_topology
-from jraggym.recipes.experiment import Devices
-from jraggym.recipes.offline import Sft
+from jraggym.recipes.experiment import Devices, Placed, critic_on
+from jraggym.recipes.offline import Dpo, Sft, reference_rows
 from jraggym.recipes.settings import Settings
-from jraggym.sharding import make_mesh, place, shardings
+from jraggym.sharding import MESH_AXES, make_mesh, place, shardings
+from jraggym.steps import Network
 from jraggym.training import Optimization, abstract_state, init_state
 
 needs_libtpu = pytest.mark.skipif(
@@ -200,6 +202,11 @@ def test_exchanges_and_traffic_of_a_program_are_counted_by_hand():
     assert module.traffic == 16 * (gathered + sliced + counter) + scattered  # nothing of fast memory
 
 
+def test_loops_with_unsigned_counters_are_counted():
+    unsigned = parse(TEXT.replace("s32[]", "u32[]"), 8)
+    assert {c.kind: c.times for c in unsigned.collectives} == {"all-gather": 16, "reduce-scatter": 1}
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [
@@ -290,15 +297,36 @@ def test_the_compilers_refusal_is_read():
 
 
 def test_seconds_of_exchanges():
-    pod, two = parse_topology("v5e:8x8"), parse_topology("2xv5e:2x2")
-    chip = CHIPS["v5e"]
-    gather = Collective("all-gather", 8_000, tuple(range(8)), 1)
-    assert exchange_seconds(pod, gather) == pytest.approx(8_000 * 7 / 8 / (2 * chip.link_rate))
-    reduce = Collective("all-reduce", 8_000, tuple(range(64)), 1)
-    assert exchange_seconds(pod, reduce) == pytest.approx(2 * 8_000 * 63 / 64 / (4 * chip.link_rate))
-    far = Collective("all-reduce", 8_000, (0, 4), 1)
-    assert exchange_seconds(two, far) == pytest.approx(8_000 / chip.slice_rate)
-    assert [rings((4, 4, 4), n) for n in (2, 4, 8, 16, 64)] == [1, 1, 2, 2, 3]
+    chip, pod = CHIPS["v5p"], parse_topology("v5p:4x4x4")
+
+    def seconds(topology, kind, group):
+        return exchange_seconds(topology, Collective(kind, 8_000, tuple(group), 1))
+
+    assert seconds(pod, "all-gather", range(4)) == pytest.approx(8_000 * 3 / 4 / (2 * chip.link_rate))
+    assert seconds(pod, "all-gather", range(8)) == pytest.approx(8_000 * 7 / 8 / chip.link_rate)
+    assert seconds(pod, "all-reduce", range(64)) == pytest.approx(2 * 8_000 * 63 / 64 / (6 * chip.link_rate))
+    assert seconds(pod, "collective-permute", (0, 1)) == pytest.approx(8_000 / chip.link_rate)
+
+    chip, two = CHIPS["v5e"], parse_topology("2xv5e:2x2")
+    assert seconds(two, "all-reduce", (0, 4)) == pytest.approx(8_000 / chip.slice_rate)
+    assert seconds(two, "collective-permute", (0, 4)) == pytest.approx(8_000 / chip.slice_rate)
+    within, between = 8_000 * 3 / 4 / (2 * chip.link_rate), 8_000 / 4 / 2 / chip.slice_rate
+    assert seconds(two, "reduce-scatter", range(8)) == pytest.approx(within + between)
+    assert seconds(two, "all-reduce", range(8)) == pytest.approx(2 * (within + between))
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v5p:4x4x4", {2: 1, 4: 2, 8: 1, 16: 4, 64: 6}),
+        ("v5p:2x2x4", {2: 1, 4: 2, 8: 2, 16: 3}),  # no whole cube: no rings
+        ("v5e:8x8", {2: 1, 4: 1, 8: 1, 64: 2}),
+        ("v6e:16x16", {4: 1, 16: 2, 32: 1, 256: 4}),
+        ("v5e:8x16", {8: 1, 16: 2, 128: 3}),
+    ],
+)
+def test_links_of_groups(topology, expected):
+    assert {n: links(parse_topology(topology), n) for n in expected} == expected
 
 
 def test_a_roofline_by_hand():
@@ -318,6 +346,7 @@ def _sft(rows=4, prompt=16, action=8, config=TINY, **more):
 
 def _plan(experiment="x", temporaries=1.0, seconds=1.0, **more):
     where = {"topology": parse_topology("v5e:2x2"), "devices": Devices(1, 4, 1), "remat": "dots", "parts": 1}
+    where["rows"] = 8
     memory = {"weights": 1.0 * GIB, "temporaries": temporaries * GIB}
     times = Roofline(seconds, 0.0, 0.0, seconds)
     return Plan(experiment, "step", **{**where, **more}, tokens=1, memory=memory, seconds=1.0, times=times)
@@ -325,6 +354,11 @@ def _plan(experiment="x", temporaries=1.0, seconds=1.0, **more):
 
 def test_remedies_name_what_is_too_large():
     assert _plan(temporaries=20).remedies()[:2] == ["--settings.model.remat layer", "--parts 2"]
+    split = _plan(temporaries=20, parts=2)  # four micro-batches of 8 rows over 4 shards there are not
+    assert split.remedies()[:2] == ["--settings.model.remat layer", "--devices.tensor 2 --devices.fsdp 2"]
+    cached = dataclasses.replace(_plan(rows=0), memory={"weights": 12.0 * GIB, "KV cache": 8.0 * GIB})
+    assert [remedy.split()[0] for remedy in cached.remedies()[:2]] == ["--devices.tensor", "fewer"]
+    assert not any("--parts" in remedy or "lora" in remedy for remedy in cached.remedies())
     held = dataclasses.replace(_plan(), memory={"weights": 20.0 * GIB, "temporaries": 1.0})
     assert not held.fits
     assert "--lora.rank 16" in held.remedies()[0]
@@ -336,6 +370,8 @@ def test_the_best_choice_fits_and_is_the_fastest():
     slow, fast, large = _plan("slow", seconds=2.0), _plan("fast"), _plan("large", 20, 0.5)
     assert best([[slow], [fast], [large]]) == [fast]
     assert best([[large]]) is None
+    often, seldom = _plan("often", seconds=2.0, runs=9), _plan("seldom", seconds=3.0, runs=1)
+    assert best([[often, fast], [seldom, slow]]) == [seldom, slow]
 
 
 def test_an_experiment_is_fitted_to_a_topology():
@@ -355,7 +391,7 @@ def test_choices_keep_the_heads_whole():
 def test_rows_that_cannot_be_split_are_refused():
     with pytest.raises(InputError, match="cannot be split"):
         programs(_sft(rows=6), make_mesh(1, 4, 1))
-    with pytest.raises(InputError, match="micro-batch"):
+    with pytest.raises(InputError, match=r"micro-batch.*--settings\.tokens"):
         programs(_sft(rows=8, parts=4), make_mesh(1, 4, 1))
 
 
@@ -376,8 +412,99 @@ def test_every_program_of_the_large_experiments_can_be_traced(name):
     made = programs(dataclasses.replace(experiment, settings=settings), make_mesh(1, 8, 1))
     names = {"grpo": ["rollout, one turn", "experience", "policy step"]}
     names["ppo"] = [*names["grpo"], "value step"]
+    names["dpo"] = ["reference", "step"]
     assert [program.name for program in made] == names.get(name.split("-")[0], ["step"])
     assert all(count_flops(program.trace().jaxpr, program.trips) > 0 for program in made)
+
+
+def _small_online(name, **fields):
+    """An on-policy experiment in two layers."""
+    from train.plan import EXPERIMENTS
+
+    sizes = {"states": 8, "max_prompt": 16, "max_action": 8, "episodes": 8, "max_turns": 3}
+    experiment = EXPERIMENTS[name][1]
+    settings = dataclasses.replace(experiment.settings, model=TINY, **sizes)
+    schedule = dataclasses.replace(experiment.schedule, rows=8, prompt=16, action=8, candidates=4, updates=2, epochs=3)
+    return dataclasses.replace(experiment, settings=settings, schedule=schedule, slots=8, questions=20, **fields)
+
+
+def test_a_critic_whose_scores_are_rewards_is_planned():
+    mesh = make_mesh(8, 1, 1)
+    plain, scored = (
+        {program.name: program for program in programs(_small_online("ppo-llama-8b", **fields), mesh)}
+        for fields in ({}, {"rewards": "critic", "critic": Path("x")})
+    )
+    for name, program in scored.items():  # it stays in memory all the time
+        assert bytes_on_device(program.held) - bytes_on_device(plain[name].held) > bytes_on_device(plain[name].held) / 9
+    flops = [count_flops(p["rollout, one turn"].trace().jaxpr, (1, 8)) for p in (plain, scored)]
+    assert flops[1] > 1.2 * flops[0]  # its passes over prompts and actions
+    with pytest.raises(InputError, match="a critic goes with rewards=critic"):
+        programs(_small_online("ppo-llama-8b", rewards="critic"), mesh)
+
+
+@pytest.mark.parametrize(("rewards", "episodes"), [("process", 20), ("outcome", 20 * 4)])
+def test_how_often_programs_run_in_an_iteration(rewards, episodes):
+    made = programs(_small_online("grpo-llama-8b", rewards=rewards), make_mesh(8, 1, 1))
+    turns = 3 * -(-episodes // 8)
+    assert {p.name: p.runs for p in made} == {"rollout, one turn": turns, "experience": 1, "policy step": 6}
+
+
+def test_what_a_plan_leaves_out_is_said():
+    from train.plan import EXPERIMENTS
+
+    found = {name: left_out(EXPERIMENTS[f"{name}-llama-8b"][1]) for name in ("sft", "critic", "ppo", "collect")}
+    assert found["sft"] == found["ppo"] == "greedy rollouts of the evaluation"
+    assert "held-out labels" in found["critic"]
+    assert found["collect"] == "nothing"
+
+
+def test_an_unknown_program_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(Topology, "mesh", lambda *_: make_mesh(1, 4, 1))
+    with pytest.raises(InputError, match=r"no such program; got rollout\. Use the beginning of step"):
+        list(plan(_sft(), parse_topology("v5e:2x2"), only="rollout"))
+    with pytest.raises(InputError, match="no such program"):  # of every choice
+        list(search(_sft(), parse_topology("v5e:2x2"), only="rollout"))
+
+
+def test_a_search_goes_on_where_the_compiler_fails(monkeypatch):
+    def compiled(option, *_, **__):
+        if option.devices.tensor == 1:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nmore")
+        if option.settings.model.remat != "layer":
+            raise InputError("rows cannot be split", got=6, remedy="Choose a multiple.")
+        yield _plan("fine")
+
+    monkeypatch.setattr("jraggym.planning.plan.plan", compiled)
+    tried = list(search(_sft(), parse_topology("v5e:2x2")))
+    assert {p.message for [p] in tried if not p.fits} == {"the compiler failed: INTERNAL: Mosaic failed"}
+    assert best(tried) == [_plan("fine")]
+
+
+def test_the_reference_is_planned_with_as_many_rows_as_training_gives_it():
+    for parts in (1, 4):  # micro-batches of so few rows could not be split
+        model = dataclasses.replace(TINY, attention="splash", dtype="bfloat16", remat="layer")
+        settings = Settings(model=model, states=64, max_prompt=16, max_action=8, contrasts=2)
+        experiment = Dpo(out=Path("x"), settings=settings, parts=parts)
+        [reference, step] = programs(experiment, make_mesh(8, 1, 1))
+        assert (reference.name, reference.tokens) == ("reference", 16 * (16 + 2 * 8))
+        assert 0 < count_flops(reference.trace().jaxpr) < count_flops(step.trace().jaxpr) / 4
+    [only] = programs(dataclasses.replace(experiment, keep_reference=False), make_mesh(8, 1, 1))
+    assert only.name == "step"
+    assert reference_rows(AbstractMesh((2, 32, 2), MESH_AXES)) == 64
+    assert reference_rows(None) == 16
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 4, 2)])
+def test_a_fresh_critic_on_a_trunk_has_the_bits_of_one_drawn_whole(mesh):
+    table, key = critic_specs(TINY, likelihood=True), jax.random.key(3)
+    net = Network(TINY, mesh=make_mesh(*mesh) if mesh else None)
+    trunk = init(specs(TINY), jax.random.key(4))
+    trunk = place(trunk, shardings(specs(TINY), net.mesh)) if mesh else trunk
+    found, whole = critic_on(Placed(net, trunk, trunk, net.mesh), table, key), init(table, key)
+    np.testing.assert_array_equal(found.head, whole.head)
+    np.testing.assert_array_equal(found.likelihood, whole.likelihood)
+    assert found.trunk is trunk
+    assert len(found.head.devices()) == (8 if mesh else 1)
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +550,19 @@ def test_the_entry_says_by_its_exit_code_whether_it_fits(monkeypatch, capsys, te
             entry.main()
         assert ended.value.code == code
         assert "change: --settings.model.remat layer" in capsys.readouterr().out
+
+
+def test_a_table_ends_with_what_it_assumes_and_leaves_out(monkeypatch, capsys):
+    from train import plan as entry
+
+    one = dataclasses.replace(_plan(), memory=dict.fromkeys(("weights", "activations", "KV cache", "temporaries"), GIB))
+    monkeypatch.setattr(entry, "plan", lambda *_, **__: iter([one, one]))
+    words = "train.plan dpo-llama-8b --topology v5e:2x2 v5e:2x4 --markdown"
+    monkeypatch.setattr("sys.argv", words.split())
+    entry.main()
+    *table, empty, assumed, _, left = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 4
+    assert (empty, assumed, left) == ("", entry.ASSUMPTIONS, "Not planned: greedy rollouts of the evaluation.")
 
 
 def test_the_entry_refuses_a_wrong_topology(monkeypatch, capsys):

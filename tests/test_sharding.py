@@ -1,5 +1,6 @@
 """The table from logical to mesh axes, and that placed weights compute the same."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -39,6 +40,35 @@ def test_a_mesh_has_named_auto_axes():
 def test_a_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(InputError, match=rf"the mesh does not fit the devices; got data={sizes[0]}.*There are 8"):
         make_mesh(*sizes)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What arranging devices reads of a TPU."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+CHIPS = [Chip(64 * s + i, (i % 4, i // 4 % 4, i // 16), s) for s in range(2) for i in range(64)]
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_slices_are_parts_of_the_data_axis(tensor):
+    mesh = make_mesh(4, 32 // tensor, tensor, devices=CHIPS)
+    assert mesh.devices.shape == (4, 32 // tensor, tensor)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+
+
+def test_a_data_axis_that_slices_do_not_divide_is_refused():
+    with pytest.raises(InputError, match=r"over 2 slices; got data=1\. Give --devices.data 2"):
+        make_mesh(1, 128, 1, devices=CHIPS)
+    assert make_mesh(1, 64, 1, devices=CHIPS).size == 64  # of the first slice alone
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from jraggym.errors import exit_on_input_error
 from jraggym.planning.costs import ASSUMPTIONS
 from jraggym.planning.plan import HELD, Plan, best, fitted, plan, search
+from jraggym.planning.programs import left_out
 from jraggym.planning.topologies import GIB, Topology, parse_topology
 from train import collect, critic, dpo, grpo, ppo, sft
 
@@ -68,6 +69,9 @@ def main() -> None:
         if job.markdown:
             print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}")
         found = [run(job, name, topology) for topology in everything]
+        if job.markdown:
+            print(f"\n{ASSUMPTIONS}\n")
+        print(f"Not planned: {left_out(job.experiment)}.")
     if not all(found):
         raise SystemExit(1)
 
@@ -81,13 +85,11 @@ def run(job: Job, name: str, topology: Topology) -> bool:
             return False
         show(job, chosen)
         return True
-    made = []
+    fits = True
     for one in plan(fitted(job.experiment, topology), topology, name=name, only=job.only):
-        made.append(one)
         show(job, [one])
-    if not made:
-        print(f"{name} has no program {job.only!r}")
-    return bool(made) and all(one.fits for one in made)
+        fits = fits and one.fits
+    return fits
 
 
 def searched(job: Job, name: str, topology: Topology) -> list[Plan] | None:

@@ -113,7 +113,7 @@ class Module:
         if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(found[1])
         lines = self.computations[str(loop.called("condition"))]
-        counts = [i for i in lines if i.opcode == "constant" and i.type.startswith("s32[]")]
+        counts = [i for i in lines if i.opcode == "constant" and i.type.startswith(("s32[]", "u32[]"))]
         compared = [i for i in lines if i.opcode == "compare" and "direction=LT" in i.attributes]
         simple = {"parameter", "constant", "get-tuple-element", "compare"}
         if len(counts) == len(compared) == 1 and {i.opcode for i in lines} <= simple:

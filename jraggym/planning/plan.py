@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from jraggym.errors import InputError
 from jraggym.planning.costs import Roofline, roofline
 from jraggym.planning.flops import count_flops
@@ -19,7 +21,8 @@ from jraggym.planning.topologies import GIB, Topology
 from jraggym.recipes.experiment import Devices, Experiment
 from jraggym.sharding import batch_shards
 
-HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy", "merged actor")  # in memory all the time
+# In memory all the time.
+HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy", "merged actor", "reward critic")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Plan:
     memory: dict[str, float]  # bytes on each device, by part
     seconds: float  # of compilation
     message: str = ""  # why it is refused
+    rows: int = 0  # that --parts splits
+    runs: int = 1  # in an iteration
     flops: float = 0.0  # over all devices
     useful: float = 0.0  # of these, what is not repeated to save memory
     traffic: float = 0.0  # bytes through a device's memory
@@ -66,16 +71,18 @@ class Plan:
 
     def remedies(self) -> list[str]:
         """What to change where it does not fit, the likeliest first."""
-        largest = max(self.memory, key=lambda name: self.memory[name])
+        data, fsdp, tensor = dataclasses.astuple(self.devices)
+        higher, more = f"--devices.tensor {2 * tensor} --devices.fsdp {max(1, fsdp // 2)}", "a larger topology"
+        if self.memory.get("KV cache"):
+            return [higher, "fewer --slots (collecting: --settings.episodes)", more]
         held = sum(size for name, size in self.memory.items() if name in HELD)
-        more = "a larger topology"
         if held > 0.6 * self.topology.chip.hbm:
-            split = ["--devices.fsdp and --devices.tensor over all chips"] if self.devices.data > 1 else []
+            split = ["--devices.fsdp and --devices.tensor over all chips"] if data > 1 else []
             return [*split, "--lora.rank 16 (no moments and gradients of whole matrices)", more]
         found = [] if self.remat == "layer" else ["--settings.model.remat layer"]
-        if largest == "KV cache":
-            found += ["fewer --slots or --settings.episodes", "--devices.tensor higher"]
-        return [*found, f"--parts {2 * self.parts}", "fewer or shorter rows", "--devices.tensor higher", more]
+        if self.rows and self.rows % (2 * self.parts * data * fsdp) == 0:
+            found.append(f"--parts {2 * self.parts}")
+        return [*found, higher, "fewer or shorter rows", more]
 
 
 def fitted(experiment: Experiment, topology: Topology) -> Experiment:
@@ -94,13 +101,18 @@ def fitted(experiment: Experiment, topology: Topology) -> Experiment:
 
 
 def plan(experiment: Experiment, topology: Topology, *, name: str = "", only: str | None = None) -> Iterator[Plan]:
-    """Compiles the programs of an experiment, one after the other; `only` names one of them by its beginning."""
+    """Compiles the programs of an experiment, one after the other; `only` names some of them by their beginning.
+
+    Raises InputError for sizes that do not fit together, and where `only` names none.
+    """
     devices = experiment.devices
     mesh = topology.mesh(devices.data, devices.fsdp, devices.tensor)
     plain = {p.name: p for p in programs(without_recomputation(experiment), mesh)}
-    for program in programs(experiment, mesh):
-        if only is None or program.name.startswith(only):
-            yield _plan(experiment, topology, mesh, program, plain[program.name], name)
+    chosen = [p for p in programs(experiment, mesh) if p.name.startswith(only or "")]
+    if not chosen:
+        raise InputError("no such program", got=only, remedy=f"Use the beginning of {', '.join(plain)}.")
+    for program in chosen:
+        yield _plan(experiment, topology, mesh, program, plain[program.name], name)
 
 
 def _plan(experiment: Experiment, topology: Topology, mesh: Any, program: Program, plain: Program, name: str) -> Plan:
@@ -110,6 +122,7 @@ def _plan(experiment: Experiment, topology: Topology, mesh: Any, program: Progra
     known: dict[str, Any] = {
         **{"experiment": name, "program": program.name, "topology": topology, "devices": experiment.devices},
         **{"remat": model.remat, "parts": experiment.parts, "tokens": program.tokens},
+        **{"rows": program.rows, "runs": program.runs},
     }
     kept = kept_for_backward(traced.jaxpr) // batch_shards(mesh)
     flops = count_flops(traced.jaxpr, program.trips)
@@ -148,9 +161,11 @@ def search(
     """The plans of each choice of mesh, rematerialisation and micro-batches that is worth compiling.
 
     For each mesh the policies that keep most come first, each with as few micro-batches as fit: more of them repeat
-    work. `report` gets (done, at most, the plans). Choices that the sizes forbid are left out.
+    work. `report` gets (done, at most, the plans). Choices that the sizes forbid are left out; where they forbid all,
+    the InputError of the first, which splits least, is raised.
     """
-    options = choices(experiment, topology)
+    options, tried = choices(experiment, topology), False
+    wrong: InputError | None = None
     settled: set[tuple[Devices, str]] = set()
     for number, option in enumerate(options, 1):
         key = (option.devices, option.settings.model.remat)
@@ -158,13 +173,26 @@ def search(
             continue
         try:
             found = list(plan(option, topology, name=name, only=only))
-        except InputError:
-            continue  # sizes that this mesh cannot split
+        except InputError as error:
+            wrong = wrong or error  # sizes that this mesh cannot split
+            continue
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # of the compiler; others may pass it
+            found = [_failed(option, topology, error, name)]
+        tried = True
         if found and all(p.fits for p in found):
             settled.add(key)
         if report is not None:
             report(number, len(options), found)
         yield found
+    if wrong is not None and not tried:
+        raise wrong
+
+
+def _failed(option: Experiment, topology: Topology, error: Exception, name: str) -> Plan:
+    """The refused plan of a choice that the compiler could not compile."""
+    message = f"the compiler failed: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
+    remat, where = option.settings.model.remat, (name, "one of its programs", topology, option.devices)
+    return Plan(*where, remat, option.parts, tokens=0, memory={}, seconds=0.0, message=message)
 
 
 def choices(experiment: Experiment, topology: Topology, most: int = 8) -> list[Experiment]:
@@ -182,10 +210,11 @@ def choices(experiment: Experiment, topology: Topology, most: int = 8) -> list[E
 
 
 def best(plans: list[list[Plan]]) -> list[Plan] | None:
-    """The plans of the choice whose programs all fit and take the least time together; None where none fits."""
+    """The plans of the choice whose programs all fit and take an iteration the least time; None where none fits."""
 
-    def seconds(found: list[Plan]) -> float:
-        return sum((p.times.best + p.times.in_turn) / 2 for p in found if p.times is not None)
+    def seconds(found: list[Plan]) -> tuple[float, float]:
+        each = [(p.runs, (p.times.best + p.times.in_turn) / 2) for p in found if p.times is not None]
+        return sum(runs * time for runs, time in each), sum(time for _, time in each)
 
     fitting = [found for found in plans if found and all(p.fits for p in found)]
     return min(fitting, key=seconds) if fitting else None

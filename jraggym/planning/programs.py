@@ -17,19 +17,23 @@ from jraggym.episodes import Rules
 from jraggym.errors import InputError
 from jraggym.experience import PPO, grpo_experience, ppo_experience_maker
 from jraggym.labelling import support_judge
+from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, is_spec, specs
 from jraggym.models.lora import lora_specs
 from jraggym.objectives.policy import Experience
 from jraggym.recipes.collecting import Collect
 from jraggym.recipes.experiment import Experiment, critic_table
-from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of
-from jraggym.recipes.online import Grpo, Ppo
+from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of, reference_program, reference_rows
+from jraggym.recipes.online import Grpo, Ppo, check_rewards
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.sharding import batch_sharding, batch_shards, shardings
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, buckets, collate
 from jraggym.training import Optimization, Step, abstract_state
+
+# What sets the rows of a batch: of demonstrations, of stored states, of fresh groups.
+_ROWS = "--settings.tokens (SFT without --data), --settings.states or --schedule.rows"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Program:
     tokens: int  # places for tokens in its batch, padding included
     cache: int = 0  # bytes of keys and values on each device
     trips: tuple[int, ...] = ()  # of loops that end when the data says so: the most
+    rows: int = 0  # that --parts splits
+    runs: int = 1  # in an iteration of training: at most; 0 for what runs before the first
 
 
 def programs(experiment: Experiment, mesh: Mesh) -> list[Program]:
@@ -55,6 +61,14 @@ def programs(experiment: Experiment, mesh: Mesh) -> list[Program]:
         remedy = f"Plan one of {', '.join(kind.__name__ for kind in kinds)}."
         raise InputError("there is no plan for this experiment", got=type(experiment).__name__, remedy=remedy)
     return kinds[type(experiment)](experiment, mesh)
+
+
+def left_out(experiment: Experiment) -> str:
+    """What a run of the experiment computes beside its `programs`."""
+    if isinstance(experiment, Collect):
+        return "nothing"
+    found = "the critic's agreement with held-out labels"
+    return found if isinstance(experiment, CriticTraining) else "greedy rollouts of the evaluation"
 
 
 def without_recomputation(experiment: Experiment) -> Experiment:
@@ -94,9 +108,7 @@ def spread(tree: Any, mesh: Mesh) -> Any:
     where, shards = batch_sharding(mesh), batch_shards(mesh)
     rows = jax.tree.leaves(tree)[0].shape[0]
     if rows % shards:
-        remedy = (
-            "Choose a multiple (--settings.states, --settings.episodes, --schedule.rows, --slots), or another mesh."
-        )
+        remedy = f"Choose a multiple with {_ROWS}, or another mesh."
         raise InputError(f"rows cannot be split over data * fsdp = {shards}", got=rows, remedy=remedy)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
@@ -105,7 +117,8 @@ def _check_parts(rows: int, parts: int, mesh: Mesh) -> None:
     shards = batch_shards(mesh)
     if rows % (parts * shards):
         got = f"{rows} rows in {parts} parts over {shards} shards"
-        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy="Lower --parts, or add rows.")
+        remedy = f"Lower --parts, or add rows with {_ROWS}."
+        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy=remedy)
 
 
 def empty_batch(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
@@ -128,9 +141,9 @@ class _Update:
     def trace(self) -> Any:
         return self._step.program(self.state).trace(self.state, self._batch, self._frozen, 0)
 
-    def program(self, name: str, tokens: int, more: Mapping[str, Any] | None = None) -> Program:
+    def program(self, name: str, tokens: int, more: Mapping[str, Any], **count: int) -> Program:
         held = {"weights": self.state.weights, "optimiser": self.state.optimizer, "frozen": self._frozen}
-        return Program(name, self.trace, {**held, "batch": self._batch, **(more or {})}, tokens)
+        return Program(name, self.trace, {**held, "batch": self._batch, **more}, tokens, **count)  # type: ignore[arg-type]
 
 
 def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program]:
@@ -140,8 +153,9 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         bucket = max(buckets(settings.edges, settings.tokens, 1), key=lambda b: b.rows * (b.prompt + b.action))
         rows = (bucket.rows, bucket.prompt, bucket.action, 1)
     _check_parts(rows[0], experiment.parts, mesh)
-    batch = empty_batch(*rows)
+    batch, before = empty_batch(*rows), []
     if isinstance(experiment, Dpo) and experiment.keep_reference:
+        before = [_reference(models, rows[1:], mesh)]
         batch = batch.replace(reference_logprob=batch.behaviour_logprob)  # type: ignore[attr-defined]
     weights = models.weights
     if isinstance(experiment, CriticTraining):
@@ -149,11 +163,22 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
         weights = abstract_weights(table, mesh)
     objective = objective_of(experiment, models.net)
     update = _Update(objective, experiment.optimization, weights, spread(batch, mesh), models.frozen)
-    return [update.program("step", _tokens(batch))]
+    return [*before, update.program("step", _tokens(batch), {}, rows=rows[0])]
+
+
+def _reference(models: _Models, sizes: tuple[int, int, int], mesh: Mesh) -> Program:
+    """What runs over all data before DPO's first step."""
+    batch = empty_batch(reference_rows(mesh), *sizes)
+    given, run = spread(batch, mesh), reference_program(models.net)
+    held = {"frozen": models.frozen, "batch": given}
+    if models.net.lora is not None:
+        held["weights"] = models.weights
+    return Program("reference", lambda: run.trace(models.frozen, given), held, _tokens(batch), runs=0)
 
 
 def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     """The rollout, the experience that is made of it, and the updates. All states lie in memory all the time."""
+    check_rewards(experiment)
     models, schedule, how = _models(experiment, mesh), experiment.schedule, experiment.algorithm
     _check_parts(schedule.rows, experiment.parts, mesh)
     sizes = (schedule.prompt, schedule.action, schedule.candidates)
@@ -164,7 +189,10 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     part, tokens = spread(made, mesh), _tokens(batch)
     makers = replace(models.net, parts=experiment.parts * schedule.updates)
     policy = _Update(steps.policy(models.net, how.loss), experiment.optimization, models.weights, part, models.frozen)
-    state, others, updates = policy.state, {}, []
+    state, updates, others = policy.state, [], {}
+    count = {"rows": schedule.rows, "runs": schedule.updates * schedule.epochs}
+    if experiment.rewards == "critic":  # one as train.critic makes it
+        others["reward critic"] = abstract_weights(critic_specs(models.net.config, likelihood=True), mesh)
     make: Any
     given: tuple[Any, ...] = (fresh,)
     weights: tuple[Any, ...] = (models.weights,)
@@ -173,8 +201,9 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
         objective = steps.value(models.net, clip=how.value_clip, leaky=how.leaky)
         table = abstract_weights(critic_table(models.net), mesh)
         value = _Update(objective, experiment.value_optimization, table, part, models.frozen)
-        others = {"value function": (value.state.weights, value.state.optimizer)}
-        updates = [value.program("value step", tokens, {"policy": (state.weights, state.optimizer)})]
+        beside = {"policy": (state.weights, state.optimizer), **others}
+        updates = [value.program("value step", tokens, beside, **count)]
+        others["value function"] = (value.state.weights, value.state.optimizer)
         make, weights = ppo_experience_maker(makers, how), (models.weights, table)
         given = (fresh, jax.ShapeDtypeStruct((), jnp.float32))
     else:
@@ -182,15 +211,26 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
     merged = {"merged actor": models.frozen} if models.net.lora else {}
     return [
-        _rollout(
-            experiment, mesh, 1 if experiment.whole else schedule.candidates, experiment.slots, {**held, **merged}
-        ),
+        _sampled(experiment, mesh, {**held, **merged}),
         Program(
-            "experience", lambda: make.trace(*weights, models.frozen, *given), {**held, "batch": fresh}, _tokens(every)
+            "experience",
+            lambda: make.trace(*weights, models.frozen, *given),
+            {**held, "batch": fresh},
+            _tokens(every),
+            rows=schedule.rows,
         ),
-        policy.program("policy step", tokens, others),
+        policy.program("policy step", tokens, others, **count),
         *updates,
     ]
+
+
+def _sampled(experiment: Grpo | Ppo, mesh: Mesh, held: Mapping[str, Any]) -> Program:
+    """The rollout of an iteration, which samples as its Gatherer does."""
+    copies = experiment.schedule.candidates
+    drawn, episodes = (1, experiment.questions * copies) if experiment.whole else (copies, experiment.questions)
+    judged = experiment.rewards in ("process", "steps")
+    one = _rollout(experiment, mesh, drawn, experiment.slots, judged=judged, resident=held)
+    return replace(one, runs=experiment.settings.max_turns * -(-episodes // experiment.slots))
 
 
 class _Retriever:
@@ -217,7 +257,13 @@ class _Codec:
 
 
 def _rollout(
-    experiment: Experiment, mesh: Mesh, candidates: int, slots: int, resident: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    mesh: Mesh,
+    candidates: int,
+    slots: int,
+    *,
+    judged: bool = True,
+    resident: Mapping[str, Any] | None = None,
 ) -> Program:
     """One turn of all episodes: prefill, the longest actions, and the calls of the host."""
     settings, models = experiment.settings, _models(experiment, mesh)
@@ -226,15 +272,15 @@ def _rollout(
         raise InputError(f"episodes cannot be split over data * fsdp = {batch_shards(mesh)}", got=slots, remedy=remedy)
     config, retriever = settings.model, _Retriever()
     sampling = Sampling(candidates, settings.max_action, settings.temperature)
-    rules = Rules(settings.max_turns, judge=support_judge if candidates > 1 else None)
+    rules = Rules(settings.max_turns, judge=support_judge if judged else None)
     codec: Any = _Codec(settings.max_prompt)
     rollout = Rollout(config, codec, retriever, sampling, rules, batch=slots, mesh=mesh)  # type: ignore[arg-type]
     whole = NamedSharding(mesh, PartitionSpec())
     encoder = jax.ShapeDtypeStruct((retriever.words, retriever.dim), jnp.float32, sharding=whole)
     keys = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct((), keys.dtype, sharding=whole)
-    policy = Policy(config, models.frozen)
     held = resident or {"weights": models.frozen}
+    policy = Policy(config, models.frozen, held.get("reward critic"))
     tokens = slots * (settings.max_prompt + candidates * settings.max_action)
     return Program(
         "rollout, one turn",

@@ -8,12 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
-from jraggym.sharding import make_mesh, mesh_of
+from jraggym.sharding import make_mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,7 @@ class Chip:
     link_rate: float  # bytes/s, one direction of one of its links to neighbours (ICI)
     slice_rate: float  # bytes/s to other slices (DCN), for each chip
     dimensions: int  # of its torus
+    ring: int  # chips of the shortest axis that is a ring
     source: str
 
 
@@ -34,9 +34,9 @@ GIB = 2**30
 # Published are FLOP/s, HBM and its rate, the rate of all links in both directions (400, 1200, 800 GB/s over 4, 6, 4
 # links), and DCN for a pod of 256 (v5e 6.4, v6e 25.6 Tbit/s) or a chip (v5p 50 Gbit/s).
 CHIPS = {
-    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9, 2, "https://docs.cloud.google.com/tpu/docs/v5e"),
-    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 6.2e9, 3, "https://docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(918e12, 31.25 * GIB, 1600e9, 100e9, 12.5e9, 2, "https://docs.cloud.google.com/tpu/docs/v6e"),
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9, 2, 16, "https://docs.cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 6.2e9, 3, 4, "https://docs.cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip(918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9, 2, 16, "https://docs.cloud.google.com/tpu/docs/v6e"),
 }
 
 
@@ -57,6 +57,13 @@ class Topology:
         """Chips in all slices."""
         return self.slices * math.prod(self.shape)
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Which axes end where they begin; smaller ones are lines (https://jax-ml.github.io/scaling-book/tpus)."""
+        found = tuple(size % self.chip.ring == 0 for size in self.shape)
+        # In three dimensions rings are closed by optical switches between whole cubes.
+        return found if self.chip.dimensions == 2 else (all(found),) * 3
+
     def __str__(self) -> str:
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
         return name if self.slices == 1 else f"{self.slices}x{name}"
@@ -67,11 +74,7 @@ class Topology:
             got = f"data={data}, fsdp={fsdp}, tensor={tensor} on {self.size} chips in {self.slices} slices"
             remedy = "Their product must be the number of chips, and data a multiple of the slices."
             raise InputError("the mesh does not fit the topology", got=got, remedy=remedy)
-        devices = self._devices()
-        if self.slices == 1:
-            return make_mesh(data, fsdp, tensor, devices=devices)
-        inner, outer = (data // self.slices, fsdp, tensor), (self.slices, 1, 1)
-        return mesh_of(np.asarray(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)))
+        return make_mesh(data, fsdp, tensor, devices=self._devices())
 
     def _devices(self) -> list[Any]:
         # On a machine without a TPU, libtpu would ask the cloud's metadata server what it runs on, and wait for it.

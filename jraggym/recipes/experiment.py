@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import Mesh
 
 from jraggym.errors import InputError
 from jraggym.hosts import Hosts
 from jraggym.metrics import bootstrap_interval
 from jraggym.model_folder import Model
-from jraggym.models.critic import critic_specs
+from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, init, specs
 from jraggym.models.lora import Lora, lora_specs, merge
 from jraggym.porting.peft import PeftAdapters
@@ -130,6 +131,18 @@ def critic_table(net: Network, *, likelihood: bool = False) -> Any:
     """The table of what is trained of a critic or a value function: under LoRA the trunk's adapters, and the head."""
     table: Any = critic_specs(net.config, likelihood=likelihood)
     return table if net.lora is None else dataclasses.replace(table, trunk=lora_specs(net.config, net.lora))
+
+
+def critic_on(ready: Placed, table: Any, key: Array) -> Critic:
+    """A fresh head of `critic_table` on the trunk that is there, on the trunk's devices."""
+
+    def head(key: Array) -> Critic:  # under jit the trunk, which would fill a device, is not drawn
+        return dataclasses.replace(init(table, key), trunk=None)
+
+    critic = jax.jit(head)(key)
+    if ready.mesh is not None:
+        critic = place(critic, shardings(dataclasses.replace(table, trunk=None), ready.mesh))
+    return dataclasses.replace(critic, trunk=ready.weights)
 
 
 def exam_split(experiment: Experiment, shop: Workshop) -> tuple[Split, HybridRetriever]:

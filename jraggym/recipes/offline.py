@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jraggym import steps
 from jraggym.checkpoint import Checkpointer
@@ -22,10 +23,9 @@ from jraggym.errors import InputError
 from jraggym.hosts import agreed, fetch, lead, share
 from jraggym.meter import Meter
 from jraggym.model_folder import Model
-from jraggym.models.decoder import init
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.recipes.bench import Bench
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_table, placed_decoder
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
     Workshop,
@@ -38,7 +38,7 @@ from jraggym.recipes.quickstart import (
     warm_start_data,
     warm_start_weights,
 )
-from jraggym.sharding import place, shardings
+from jraggym.sharding import split_over
 from jraggym.steps import Network
 from jraggym.text.batching import Row
 from jraggym.training import BatchSource, Objective, Optimization, Run, fit
@@ -155,12 +155,23 @@ def fit_logged(experiment: Experiment, shop: Bench, run: Run, weights: Any, log:
     return fit(run, weights, Checkpointer(shop.out / "checkpoints"), every=experiment.every, report=report, meter=meter)
 
 
-def with_reference(shop: Workshop, ready: Placed, rows: list[Row], size: int = 16) -> list[Row]:
+def reference_rows(mesh: Mesh | None) -> int:
+    """Rows whose reference is computed at a time."""
+    return split_over(mesh, 16)
+
+
+def reference_program(net: Network) -> Any:
+    """The jitted (decoder, batch) -> log-probabilities [B, K, A]; so few rows need no micro-batches."""
+    whole = dataclasses.replace(net, parts=1)
+    return jax.jit(lambda weights, batch: whole.logprobs(weights, batch))
+
+
+def with_reference(shop: Workshop, ready: Placed, rows: list[Row]) -> list[Row]:
     """The rows with the frozen decoder's log-probabilities, computed once and kept in `out`/reference-*.npy."""
     digest = hashlib.sha256(repr([(row.prompt, row.actions) for row in rows]).encode()).hexdigest()[:16]
     path = shop.out / f"reference-{digest}.npy"
     if not agreed(path.exists()):
-        run, found = jax.jit(lambda weights, batch: ready.net.logprobs(weights, batch)), []
+        run, size, found = reference_program(ready.net), reference_rows(ready.mesh), []
         for at in range(0, len(rows), size):
             found.append(np.asarray(fetch(run(ready.frozen, batch_of(shop, rows[at : at + size], size)))))
             shop.progress("reference", min(at + size, len(rows)), len(rows), None)
@@ -177,9 +188,7 @@ def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, lo
     """Returns the critic, and how it agrees with the labels of the held-out questions."""
     ready = placed_decoder(experiment, shop, start.weights)
     table = critic_table(ready.net, likelihood=experiment.likelihood)
-    critic = dataclasses.replace(init(table, shop.key("critic")), trunk=ready.weights)
-    if ready.mesh is not None:
-        critic = place(critic, shardings(table, ready.mesh))
+    critic = critic_on(ready, table, shop.key("critic"))
     learn, held = held_out(list(open_dataset(experiment.data)))
     rows_of = judged if experiment.any_label else preferences
     run = _run(experiment, ready, shuffled(shop, rows_of(shop, learn)))

@@ -26,14 +26,13 @@ from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.models.architecture import RUNTIME
 from jraggym.models.critic import Critic
-from jraggym.models.decoder import Decoder, init
+from jraggym.models.decoder import Decoder
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_table, placed_decoder
+from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
 from jraggym.recipes.quickstart import Workshop
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
-from jraggym.sharding import place, shardings
 from jraggym.text.chat import INSTRUCTION
 from jraggym.training import Optimization
 from jraggym.whole import write_whole
@@ -97,7 +96,7 @@ class Ppo(Sampled):
 
 def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint."""
-    _check(experiment)
+    check_rewards(experiment)
     ready = placed_decoder(experiment, shop, start.weights)
     job = OnPolicy(
         ready.net,
@@ -118,7 +117,9 @@ def learn(
     experiment: Experiment, job: OnPolicy, shop: Workshop, ready: Placed, score: Score, log: Log
 ) -> tuple[Model, dict[str, Any]]:
     """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
-    value = _value(shop, ready) if isinstance(job.algorithm, PPO) else None
+    # A value function starts from the actor's trunk (from fresh adapters under LoRA).
+    ppo = isinstance(job.algorithm, PPO)
+    value = critic_on(ready, critic_table(ready.net), shop.key("value")) if ppo else None
     name, curve = type(experiment).__name__.lower(), Curve(shop.out / "curve.jsonl")
     points, spent = agreed(curve.points()), {0: 0.0}
     known = {point["iteration"] for point in points}
@@ -152,7 +153,8 @@ def learn(
     return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result
 
 
-def _check(experiment: Grpo | Ppo) -> None:
+def check_rewards(experiment: Sampled) -> None:
+    """Raises InputError for unknown rewards, and where these and the critic do not belong together."""
     if experiment.rewards not in REWARDS:
         raise InputError("unknown rewards", got=experiment.rewards, remedy=f"Use one of {', '.join(REWARDS)}.")
     if (experiment.rewards == "critic") != (experiment.critic is not None):
@@ -175,13 +177,6 @@ def _same_words(critic: Model, shop: Workshop) -> None:
     if not fits or critic.tokenizer.encode([INSTRUCTION]) != shop.tokenizer.encode([INSTRUCTION]):
         remedy = "Train it from the same actor with train.critic."
         raise InputError("the critic is of another kind of model than the actor", got=critic.config, remedy=remedy)
-
-
-def _value(shop: Workshop, ready: Placed) -> Critic:
-    """A value function: a copy of the actor's trunk (fresh adapters under LoRA) and a new head."""
-    table = critic_table(ready.net)
-    value = dataclasses.replace(init(table, shop.key("value")), trunk=ready.weights)
-    return value if ready.mesh is None else place(value, shardings(table, ready.mesh))
 
 
 def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer:
