@@ -648,10 +648,12 @@ def test_a_local_preemption_runs_the_command_again(tmp_path, told):
 
 
 def test_a_signal_to_the_launcher_reaches_every_process_once(told):
-    """They save and end with 75; the launcher does not start them again."""
+    """They save, one longer than the other, and end with 75; the launcher does not start them again."""
     text = (
         "import signal, sys, time\n"
-        "def save(*_): signal.signal(15, lambda *_: sys.exit(1)); time.sleep(0.3); print('saved'); sys.exit(75)\n"
+        "def save(*_):\n"
+        "    signal.signal(15, lambda *_: sys.exit(1)); time.sleep(0.3 + 0.5 * int(sys.argv[-1]))\n"
+        "    print('saved'); sys.exit(75)\n"
         "signal.signal(15, save); print('up', flush=True); time.sleep(60)"
     )
 

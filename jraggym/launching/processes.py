@@ -156,7 +156,8 @@ def run_together(
                 failed.sort(key=lambda name: running[name].returncode == LOST)  # that one tells of another's end
                 if failed and not first.code:
                     first = Ended(_code(running[failed[0]]), failed[0], ())
-                    deadline = min(deadline, time.monotonic() + grace)
+                    if not ended:  # those that have been told to end save for as long as `patience`
+                        deadline = min(deadline, time.monotonic() + grace)
                 if received and not ended:
                     deadline = time.monotonic()
                 if time.monotonic() >= deadline:
