@@ -1,6 +1,6 @@
-"""GRPO on process rewards inside whole episodes (process supervision, arXiv 2402.03300, 4.1.3): eight whole episodes of
-each question are a group; a token has the advantage of its episode's answer, and those of its own step and the steps
-that follow, as the judge rewards them. It samples what configs/grpo_synthhop_outcome.py samples.
+"""GRPO on process rewards inside whole episodes (returns of turns, GTPO, arXiv 2511.14846): eight whole episodes of
+each question are a group; a token has the advantage of its episode's answer, and that of the judge's rewards for its
+own step and the steps that follow. It samples what configs/grpo_synthhop_outcome.py samples.
 
 command   python -m train.grpo synthhop-steps --model runs/sft/model --out runs/grpo-steps
 hardware  two CPU cores, about three minutes

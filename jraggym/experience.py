@@ -29,8 +29,8 @@ Maker = Callable[..., tuple[Experience, dict[str, Array]]]
 class GRPO:
     """Group advantages (arXiv 2402.03300): K candidates of a state, or K whole episodes of a question.
 
-    Where the steps of episodes have rewards, a token's advantage is that of the outcome and that of its step and those
-    that follow; see `step_advantages`.
+    Where the steps of episodes have rewards, a token's advantage is that of the outcome and that of the return from its
+    step on; see `step_advantages`.
     """
 
     advantage: str = "standardised"  # one of GROUP_ADVANTAGES

@@ -80,7 +80,9 @@ def test_utilisation_is_the_models_own_flops_over_the_peak(monkeypatch):
     for net in nets:
         told = measured(Run(sft(net), OPTIMIZATION, Batches(), plain=sft(net.plain)))[3]
         found.append(told["mfu"] * told["seconds"] * 1e9 * jax.device_count())
-    assert found[0] == pytest.approx(found[1], rel=1e-9), "what is computed again to save memory is not the model's work"
+    assert found[0] == pytest.approx(found[1], rel=1e-9), (
+        "what is computed again to save memory is not the model's work"
+    )
     batch, weights = random_batch(), random_decoder()
     tokens = batch.prompt_mask.size + batch.action_mask.size
     matrices = sum(x.size for x in jax.tree.leaves(weights.layers) if x.ndim == 3)

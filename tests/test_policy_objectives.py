@@ -130,25 +130,37 @@ def test_golden_advantages_of_steps():
     own = np.array([[[True, True, False, True], [True, False, False, False]]])
     reward = np.float32([[[0, 1, 0, 0], [0, 0, 0, 0]]])
     found = step_advantages("mean_only", reward, np.ones((1, 2), bool), own)
-    np.testing.assert_allclose(found, [[[1 / 3, 1 / 3, 0, -1 / 3], [-1 / 3, 0, 0, 0]]], atol=1e-7)
+    np.testing.assert_allclose(found, [[[0.5, 0.5, 0, 0], [-0.5, 0, 0, 0]]], atol=1e-7)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("kind", ["standardised", "mean_only", "leave_one_out"])
-def test_a_token_has_the_advantages_of_its_step_and_of_those_that_follow(kind, gamma):
-    rewards = [[reward for _, reward in steps] for steps in STEPS]
-    every, means = np.concatenate(rewards), [np.mean(r) for r in rewards]
+def test_a_steps_return_is_set_against_those_of_the_groups_steps_of_the_same_number(kind, gamma):
+    returns = []
+    for steps in STEPS:
+        value, backwards = 0.0, []
+        for _, reward in reversed(steps):
+            value = reward + gamma * value
+            backwards.append(value)
+        returns.append(backwards[::-1])
     expected = np.zeros(OWN_STEPS.shape)
     for k, steps in enumerate(STEPS):
-        base, scale = np.mean(every), np.std(every, ddof=1) + 1e-4 if kind == "standardised" else 1.0
-        if kind == "leave_one_out":
-            base = np.mean(means[:k] + means[k + 1 :])
-        value = 0.0
-        for tokens, reward in reversed(steps):
-            value = (reward - base) / scale + gamma * value
-            expected[0, k, list(tokens)] = value
+        for number, (tokens, _) in enumerate(steps):
+            rivals = [(j, values[number]) for j, values in enumerate(returns) if len(values) > number]
+            every, others = [v for _, v in rivals], [v for j, v in rivals if j != k]
+            if others:
+                base = np.mean(others if kind == "leave_one_out" else every)
+                scale = np.std(every, ddof=1) + 1e-4 if kind == "standardised" else 1.0
+                expected[0, k, list(tokens)] = (returns[k][number] - base) / scale
     found = step_advantages(kind, STEP_REWARD, JUDGED, OWN_STEPS, gamma=gamma, eps=1e-4)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_useless_searches_are_no_worse_than_a_premature_answer():
+    own = np.array([[[1, 0, 1, 0, 0], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1]]], bool)
+    reward = np.float32([[[0.5, 0, 0, 0, 0], [0.5, 0, 0, 0, 0], [0.5, 0, 0.5, 0, 0]]])
+    found = np.asarray(step_advantages("mean_only", reward, np.ones((1, 3), bool), own))[0]
+    assert found[0, 2] == found[1, 2] < 0 < found[2, 2]
 
 
 def test_step_rewards_that_are_all_alike_or_elsewhere_teach_nothing():

@@ -63,40 +63,47 @@ def group_advantages(kind: str, reward: Array, mask: Array, tokens: Array, *, ep
 def step_advantages(
     kind: str, reward: Array, mask: Array, tokens: Array, *, gamma: float = 1.0, eps: float = 1e-6
 ) -> Array:
-    """What the steps of whole episodes add: each token has the discounted sum of the advantages of its step and those
-    that follow, where a step's advantage is its reward beside those of all steps of the group.
+    """What the steps of whole episodes add: each token has the advantage of its step, which is the discounted return
+    from there beside the returns of the group's other episodes from the same step on (GTPO, arXiv 2511.14846).
 
-    "standardised" is process supervision in GRPO (arXiv 2402.03300, 4.1.3); "leave_one_out" takes the mean of the
-    others' mean step rewards as baseline, as PRIME does (arXiv 2502.01456, eq. 5); both add this to the outcome's part.
+    The group of a step are the episodes that have one with its number, so a step is never blamed for coming late: where
+    instead each reward is first set against all rewards of the group, and then summed (arXiv 2402.03300, 4.1.3), two
+    useless searches weigh more than one premature answer, and agents learn to answer early.
 
     Args: reward [B, K, A]: on each step's last own token; mask, tokens, eps: as for `group_advantages`; gamma: discount
-      from a step to the one before it, 1 in GRPO; 0 leaves each step its own reward.
-    Returns: [B, K, A], 0 outside the tokens. Raises InputError for an unknown kind.
+      from a step to the one before it; 0 leaves each step its own reward.
+    Returns: [B, K, A], 0 outside the tokens and where no other episode is so long. Raises InputError for an unknown
+      kind.
 
-    Rewards 1 | 0 of one episode's steps and 0 of another's only one, "mean_only": steps have 2/3, -1/3 and -1/3, so the
-    tokens of the first step have 1/3, those of the second -1/3, and those of the other episode -1/3.
+    Two episodes with rewards 1, 0, and 0, "mean_only": the returns 1 and 0 of the first steps become 1/2 and -1/2; the
+    second step of the first episode has no rival, and 0.
     """
     _known(kind)
+    b, k, a = reward.shape
     tokens = tokens & mask[:, :, None]
     following = jnp.pad(tokens[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
     ends = tokens & (~following | (reward != 0))
-    reward = jnp.where(ends, reward, 0.0)
-    if kind == "leave_one_out":
-        number = jnp.sum(ends, axis=2)
-        means = jnp.sum(reward, axis=2) / jnp.maximum(number, 1)
-        real = mask & (number > 0)
-        advantage = reward - (means - leave_one_out(means, real))[:, :, None]
+    returns = _returns(jnp.where(ends, reward, 0.0), ends, gamma)
+    step = jnp.minimum(jnp.cumsum(ends, axis=2) - ends, a - 1)  # of each token, from 0; at most one for each token
+    place = jnp.arange(b)[:, None, None], jnp.arange(k)[None, :, None], step
+
+    def by_step(values: Array) -> Array:
+        """What stands on the steps' ends, by the step's number: [B, K, A] to [B * A, K]."""
+        table = jnp.zeros((b, k, a)).at[place].add(jnp.where(ends, values, 0.0))
+        return table.swapaxes(1, 2).reshape(b * a, k)
+
+    value, present = by_step(returns), by_step(jnp.ones((b, k, a))) > 0
+    rivals = present & (jnp.sum(present, axis=1, keepdims=True) > 1)
+    if kind == "standardised":
+        advantage = standardised(value, rivals, eps=eps)
     else:
-        b, k, a = reward.shape
-        flat = reward.reshape(b, k * a), ends.reshape(b, k * a)
-        found = standardised(*flat, eps=eps) if kind == "standardised" else mean_only(*flat)
-        advantage = found.reshape(b, k, a)
-    spread = _returns(jnp.where(ends, advantage, 0.0), ends, gamma)
+        advantage = leave_one_out(value, rivals) if kind == "leave_one_out" else mean_only(value, rivals)
+    spread = advantage.reshape(b, a, k).swapaxes(1, 2)[place]
     spread = jnp.where(tokens, spread, 0.0)
     return whiten(spread, tokens) if kind == "global" else spread
 
 
-def _returns(advantage: Array, ends: Array, gamma: float) -> Array:
+def _returns(reward: Array, ends: Array, gamma: float) -> Array:
     """From each token on, the sum of what stands on steps' ends [B, K, A], discounted by the ends in between."""
 
     def back(after: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -104,7 +111,7 @@ def _returns(advantage: Array, ends: Array, gamma: float) -> Array:
         now = value + jnp.where(end, gamma, 1.0) * after
         return now, now
 
-    columns = jnp.moveaxis(advantage, -1, 0), jnp.moveaxis(ends, -1, 0)
+    columns = jnp.moveaxis(reward, -1, 0), jnp.moveaxis(ends, -1, 0)
     return jnp.moveaxis(jax.lax.scan(back, jnp.zeros(ends.shape[:2]), columns, reverse=True)[1], 0, -1)
 
 
