@@ -4,8 +4,9 @@ command   python -m train.plan dpo-llama-8b --topology v5p:4x4x4
           python -m train.dpo llama-8b --model MODEL --data runs/collect/data/data/dataset --data-dir data/hotpotqa
 hardware  64 chips of v5e or v5p: a step of 128 states with 4 candidates each reads 262,144 tokens
 expected  every training step, and collecting, fits v5e:8x8, v5p:4x4x4 and, with 256 rows for its 256 chips,
-          v6e:16x16: SFT takes --settings.tokens 327680, DPO and the critic --settings.states 256, collecting --settings.episodes 256,
-          GRPO and PPO --schedule.rows 256 --slots 256; see the table in the README. Not trained yet.
+          v6e:16x16: SFT takes --settings.tokens 327680, DPO and the critic --settings.states 256, collecting
+          --settings.episodes 256, GRPO and PPO --schedule.rows 256 --slots 256; see the table in the README. Not
+          trained yet.
 """
 
 from __future__ import annotations
