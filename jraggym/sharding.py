@@ -133,6 +133,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """x [rows, ...], spread as a batch is, in a program on a mesh; rows that cannot be split stay as XLA has them.
+
+    Said of a layer's input, it makes each device gather the layer's weights for its own rows. Left to itself, XLA may
+    gather everybody's activations instead, and add up partial products of them all.
+    """
+    if mesh is None or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return _parts(mesh, RULES["batch"])

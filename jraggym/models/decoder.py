@@ -22,10 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from jraggym.models.architecture import REMAT, Decoder, DecoderConfig, Layer, RopeScaling, Spec, init, is_spec, specs
 from jraggym.models.attention import Keys, attend, frequencies, rotary, turn
 from jraggym.models.linear import matmul
+from jraggym.sharding import keep_rows
 
 __all__ = [
     "Decoder",
@@ -63,10 +65,12 @@ class Prefix:
     start: Array  # int32 [B]  position of the last prompt token, where every branch begins
 
 
-def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array) -> Prefix:
+def prefix_forward(
+    weights: Decoder, config: DecoderConfig, prompt: Array, prompt_mask: Array, mesh: Mesh | None = None
+) -> Prefix:
     """One causal pass over left-padded prompts.
 
-    Args: prompt int32 [B, P]; prompt_mask bool [B, P], whose last column is real.
+    Args: prompt int32 [B, P]; prompt_mask bool [B, P], whose last column is real; mesh: where the rows are kept apart.
     Returns: the keys and values of tokens 0 .. P - 2; the last prompt token is each branch's first token.
     """
     position = jnp.cumsum(prompt_mask, axis=1) - 1
@@ -76,6 +80,7 @@ def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, promp
 
     def step(x: Array, inputs: tuple[Layer, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         layer, local = inputs
+        x = keep_rows(x, mesh)
         q, k, v = qkv(layer, config, x, of_layer(angles, local))
         attended = attend(q, [Keys(k, v, of_layer(visible, local))], config.score_scale, config.score_cap)
         return residual(layer, config, x, attended), (k, v)
@@ -85,10 +90,13 @@ def prefix_forward(weights: Decoder, config: DecoderConfig, prompt: Array, promp
     return Prefix(k, v, mask, position[:, -1])
 
 
-def branch_forward(weights: Decoder, config: DecoderConfig, prefix: Prefix, tokens: Array, mask: Array) -> Array:
+def branch_forward(
+    weights: Decoder, config: DecoderConfig, prefix: Prefix, tokens: Array, mask: Array, mesh: Mesh | None = None
+) -> Array:
     """K continuations of each prompt in one pass.
 
-    Args: tokens int32 [B, K, A], the first of which is the prompt's last token; mask bool [B, K, A], right-padded.
+    Args: tokens int32 [B, K, A], the first of which is the prompt's last token; mask bool [B, K, A], right-padded;
+      mesh: where the rows are kept apart.
     Returns: the normalised last hidden states [B, K, A, D]; position j is the distribution of token j + 1.
     """
     b, k_, a = tokens.shape
@@ -101,6 +109,7 @@ def branch_forward(weights: Decoder, config: DecoderConfig, prefix: Prefix, toke
 
     def step(x: Array, inputs: tuple) -> tuple[Array, None]:
         layer, local, prefix_k, prefix_v = inputs
+        x = keep_rows(x, mesh)
         q, k, v = qkv(layer, config, x, of_layer(angles, local))
         keys = [Keys(prefix_k, prefix_v, of_layer(shared, local)), Keys(k, v, of_layer(own, local))]
         return residual(layer, config, x, attend(q, keys, config.score_scale, config.score_cap)), None

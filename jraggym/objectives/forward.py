@@ -98,8 +98,8 @@ def _hidden(weights: Decoder, config: DecoderConfig, batch: ProcessBatch, mesh: 
     """Hidden states [B, K, A + 1, D]: of the prompt's last token, then of the action's tokens."""
     if config.attention != "xla":
         return packed_forward(weights, config, batch.prompt, batch.prompt_mask, *branches(batch), mesh=mesh)
-    prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask)
-    return branch_forward(weights, config, prefix, *branches(batch))
+    prefix = prefix_forward(weights, config, batch.prompt, batch.prompt_mask, mesh)
+    return branch_forward(weights, config, prefix, *branches(batch), mesh)
 
 
 def _read_tokens(

@@ -4,8 +4,8 @@
 
 data      every device holds all weights: all gradients are exchanged, those of the prompts' pass and those of the
           branches' pass each, on any number of devices
-fsdp      each holds a part: weights are gathered before use, gradients come back. XLA's CPU compiler reduces partial
-          sums, too, so that bytes grow here
+fsdp      each holds a part: weights are gathered before use, by either pass and again for the gradients, which are added
+          up; as many bytes on any number of devices
 tensor    each layer's partial products are added up; rows are not split, so that bytes grow with them
 """
 
@@ -33,11 +33,11 @@ from jraggym.training import Optimization, Step, abstract_state
 CONFIG = DecoderConfig(vocab=256, model=64, layers=2, query_heads=8, kv_heads=8, head_dim=8, feed_forward=128)
 
 
-def exchanges(axis: str, devices: int, rows: int = 2) -> list[Collective]:
+def exchanges(axis: str, devices: int, rows: int = 8) -> list[Collective]:
     """Those of a step with `rows` rows for each device, on a mesh that is `devices` long in one axis."""
     mesh = make_mesh(*(devices if name == axis else 1 for name in MESH_AXES))
     weights, optimizer = abstract_weights(specs(CONFIG), mesh), Optimization(10, matrix_rate=0.0).build()
-    batch = spread(empty_batch(rows * devices, prompt=16, action=8, candidates=2), mesh)
+    batch = spread(empty_batch(rows * devices, prompt=64, action=32, candidates=2), mesh)
     step, state = Step(sft(Network(CONFIG, mesh=mesh)), optimizer), abstract_state(weights, optimizer)
     compiled = step.program(state).trace(state, batch, weights, 0).lower().compile()
     return parse(compiled.as_text(), devices).collectives
