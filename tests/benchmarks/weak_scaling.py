@@ -4,8 +4,8 @@
 
 data      every device holds all weights: all gradients are exchanged, those of the prompts' pass and those of the
           branches' pass each, on any number of devices
-fsdp      each holds a part: weights are gathered before use, by either pass and again for the gradients, which are added
-          up; as many bytes on any number of devices
+fsdp      each holds a part: weights are gathered before use, by either pass and again for the gradients, which are
+          added up; as many bytes on any number of devices
 tensor    each layer's partial products are added up; rows are not split, so that bytes grow with them
 """
 
