@@ -22,6 +22,8 @@ from jraggym.recipes.evidence import EvidenceSettings, at_random, by_critic, by_
 from jraggym.training import Optimization, Step, init_state
 from jraggym.types import Document, Example, Search, State, Turn
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FLOW = Document("flow", "Human Flow", "Human Flow is a German film directed by Ai Weiwei in 2017.")
 WEIWEI = Document("weiwei", "Ai Weiwei", "Ai Weiwei is an artist born in Beijing.")
 GERMANY = Document("german", "German", "German is a language.")
@@ -153,9 +155,9 @@ def test_padding_has_no_gradient(encoder):
     choices = [Choice("who was born in port", ("the sea", "a hill", "born"), (1.0, 0.0, 0.0), 1)]
     narrow = PairBatches(choices, PairTokenizer.of(encoder, 32), states=1, contrasts=3)[0]
     wide = PairBatches(choices, PairTokenizer.of(encoder, 32), states=1, contrasts=5)[0]
-    objective = steps.pair_critic(config, pairwise=0.0, listwise=1.0)
-    (one, _), left = jax.value_and_grad(objective, has_aux=True)(weights, narrow, None, jax.random.key(0))
-    (two, _), right = jax.value_and_grad(objective, has_aux=True)(weights, wide, None, jax.random.key(0))
+    run = jax.jit(jax.value_and_grad(steps.pair_critic(config, pairwise=0.0, listwise=1.0), has_aux=True))
+    (one, _), left = run(weights, narrow, None, jax.random.key(0))
+    (two, _), right = run(weights, wide, None, jax.random.key(0))
     assert float(one) == pytest.approx(float(two), rel=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), left, right)
 
@@ -165,7 +167,7 @@ def test_frozen_layers_get_no_gradient_and_the_rest_the_same(encoder):
     ids, kinds = PairTokenizer.of(encoder, 32)([("who was born", "the sea of port"), ("tarvan", "a novel")])
 
     def gradient(frozen):
-        return jax.grad(lambda w: pair_scores(w, encoder.query.config, ids, kinds, frozen).sum())(weights)
+        return jax.jit(jax.grad(lambda w: pair_scores(w, encoder.query.config, ids, kinds, frozen).sum()))(weights)
 
     whole, part = gradient(0), gradient(2)
     for leaf in jax.tree.leaves((part.trunk.word, part.trunk.norm, jax.tree.map(lambda x: x[:2], part.trunk.layers))):

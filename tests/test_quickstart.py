@@ -96,7 +96,8 @@ def test_other_settings_in_the_same_folder_are_refused(whole):
 def test_a_killed_run_ends_with_the_rows_of_an_undisturbed_one(whole, tmp_path):
     undisturbed, results = whole
     out = tmp_path / "run"
-    shutil.copytree(undisturbed / "compiled", out / "compiled")  # compiled programs, to save the time
+    for made in ("compiled", "checkpoints/warm start"):  # to save the time
+        shutil.copytree(undisturbed / made, out / made)
     chunk = out / "data" / "warm-start" / "chunks" / "chunk-000000.jsonl"
     with subprocess.Popen(
         command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
