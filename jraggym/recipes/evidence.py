@@ -20,7 +20,7 @@ from jraggym.data.questions import QuestionSet
 from jraggym.evidence.episodes import Budget, Choose, Lookup, complete, gains, search_evidence, unread
 from jraggym.evidence.proposals import Proposal
 from jraggym.evidence.training import Choice, PairBatches, collect_choices
-from jraggym.models.bert_critic import BertCritic, PairScorer, PairTokenizer, new_critic
+from jraggym.models.bert_critic import BertCritic, Pair, PairScorer, PairTokenizer, new_critic
 from jraggym.models.bert_encoder import BertEncoder
 from jraggym.retrieval.encoder import embed
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -113,12 +113,14 @@ def train_critic(
 
 
 def by_critic(scorer: PairScorer) -> Choose:
-    """Carries out the proposal with the highest score; ties go to the first."""
+    """Carries out the proposal with the highest score; ties go to the first. Most come again at the next step."""
+    scores: dict[Pair, float] = {}
 
     def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
         pairs = [[(s.question, p.why) for p in proposals] for s, proposals in zip(states, offered, strict=True)]
-        scores = iter(scorer([pair for row in pairs for pair in row]))
-        return [int(np.argmax([next(scores) for _ in row])) for row in pairs]
+        if new := [pair for pair in dict.fromkeys(pair for row in pairs for pair in row) if pair not in scores]:
+            scores.update(zip(new, map(float, scorer(new)), strict=True))
+        return [int(np.argmax([scores[pair] for pair in row])) for row in pairs]
 
     return choose
 
