@@ -18,6 +18,7 @@ from jraggym.errors import PREEMPTED, InputError
 from jraggym.labelling import Decision
 from jraggym.objectives.critic import critic_loss
 from jraggym.preemption import preemptible
+from jraggym.recipes.bench import left_out
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import batch_of, preferences
 from jraggym.sources.control import random_source
@@ -283,3 +284,6 @@ def test_a_row_keeps_distinct_candidates_and_at_most_the_contrasts():
     long = [TEXTS_OF_RECORD[0], "<answer> " + "word " * 20 + "</answer>"]
     (row,) = judged(SHOP, [record(long, [0.5, 1.0])])
     assert row.rewards == [0.5], "what the batch cannot hold is left out"
+    told = left_out(SHOP, [record(long, [0.5, 1.0]), record(texts)])
+    assert told == {"candidates_left_out": "1 of 9; they have no token, or more than --settings.max-action 8"}
+    assert left_out(SHOP, [record(texts)]) == {}

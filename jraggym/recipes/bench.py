@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jraggym.text.chat import ChatCodec, chat_row, reply_ids
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Run, fit
+from jraggym.types import Candidate
 
 Progress = Callable[[str, int, int, Mapping[str, Any] | None], None]  # (stage, done, total, metrics)
 
@@ -58,6 +59,20 @@ class Bench:
 def candidate_ids(codec: Codec, record: ProcessRecord, texts: Sequence[str]) -> list[list[int]]:
     """Ids of candidates of a record: actions in tags, or replies in a chat."""
     return codec.encode(texts) if record.messages is None else reply_ids(_chat(codec), texts)
+
+
+def usable(shop: Bench, record: ProcessRecord) -> list[Candidate]:
+    """The record's candidates of 1 to `max_action` tokens; a garbled output can be longer than when it was sampled."""
+    ids = candidate_ids(shop.codec, record, [c.text for c in record.candidates])
+    return [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
+
+
+def left_out(shop: Bench, records: Iterable[ProcessRecord]) -> dict[str, Any]:
+    """For a job's results: how many candidates do not fit `max_action`, where there is any."""
+    records = list(records)
+    total, kept = sum(len(r.candidates) for r in records), sum(len(usable(shop, r)) for r in records)
+    why = f"of {total}; they have no token, or more than --settings.max-action {shop.settings.max_action}"
+    return {"candidates_left_out": f"{total - kept} {why}"} if kept < total else {}
 
 
 def record_row(codec: Codec, record: ProcessRecord, texts: Sequence[str], rewards: Sequence[float | None]) -> Row:

@@ -21,7 +21,7 @@ from jraggym.labelling import RewardSource
 from jraggym.model_folder import Model
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, init
-from jraggym.recipes.bench import Bench, candidate_ids, record_row
+from jraggym.recipes.bench import Bench, record_row, usable
 from jraggym.recipes.experiment import Experiment, Log
 from jraggym.recipes.quickstart import Workshop, shuffled
 from jraggym.rollout import Policy, Rollout
@@ -193,11 +193,8 @@ def judged(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
 
 
 def _row(shop: Bench, record: ProcessRecord) -> Row | None:
-    labels = {c.text: c.reward for c in record.candidates if c.reward is not None}
-    # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
-    ids = candidate_ids(shop.codec, record, list(labels))
-    texts = [text for text, i in zip(labels, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
-    texts = texts[: shop.settings.contrasts]
+    labels = {c.text: c.reward for c in usable(shop, record) if c.reward is not None}
+    texts = list(labels)[: shop.settings.contrasts]
     return record_row(shop.codec, record, texts, [labels[text] for text in texts]) if texts else None
 
 

@@ -24,7 +24,7 @@ from jraggym.hosts import agreed, fetch, lead, share
 from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.objectives.agreement import Agreement, agreement
-from jraggym.recipes.bench import Bench
+from jraggym.recipes.bench import Bench, left_out
 from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
@@ -122,10 +122,12 @@ def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) ->
 def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights)
-    rows = preferences(shop, successful(open_dataset(experiment.data)))
+    records = successful(open_dataset(experiment.data))
+    rows = preferences(shop, records)
     if experiment.keep_reference:
         rows = with_reference(shop, ready, rows)
-    return _actor(experiment, shop, ready, shuffled(shop, rows), log)
+    model, result = _actor(experiment, shop, ready, shuffled(shop, rows), log)
+    return model, result | left_out(shop, records)
 
 
 def _run(experiment: Sft | Dpo | CriticTraining, ready: Placed, batches: BatchSource) -> Run:
@@ -194,7 +196,7 @@ def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, lo
     run = _run(experiment, ready, shuffled(shop, rows_of(shop, learn)))
     critic = fit_logged(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
-    result = judge_agreement(shop, ready, whole, rows_of(shop, held))
+    result = judge_agreement(shop, ready, whole, rows_of(shop, held)) | left_out(shop, [*learn, *held])
     return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result
 
 

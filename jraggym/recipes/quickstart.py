@@ -31,7 +31,7 @@ from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
 from jraggym.objectives.pairs import POSITIVE
-from jraggym.recipes.bench import Bench, candidate_ids, record_row
+from jraggym.recipes.bench import Bench, record_row, usable
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -233,11 +233,9 @@ def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
 
 def _row(shop: Bench, record: ProcessRecord) -> Row | None:
     """The record's distinct candidates, good and frequent ones first, or None unless good and worse are among them."""
-    # A garbled output can be longer when tokenized again than when sampled: such a candidate is left out.
-    ids = candidate_ids(shop.codec, record, [c.text for c in record.candidates])
-    fitting = [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
-    labels = {c.text: c.reward for c in fitting if c.reward is not None}
-    often = [text for text, _ in Counter(c.text for c in fitting).most_common() if text in labels]
+    fit = usable(shop, record)
+    labels = {c.text: c.reward for c in fit if c.reward is not None}
+    often = [text for text, _ in Counter(c.text for c in fit).most_common() if text in labels]
     good = [text for text in often if labels[text] > POSITIVE]
     worse = [text for text in often if labels[text] <= POSITIVE]
     if not good or not worse:
