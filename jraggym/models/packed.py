@@ -49,7 +49,7 @@ from jraggym.models.decoder import (
     residual,
     rms_norm,
 )
-from jraggym.sharding import RULES, batch_shards, keep_rows
+from jraggym.sharding import RULES, batch_shards
 
 BLOCK = 512  # tokens on a side of a block of the splash kernel
 LANES = 128  # of a TPU's vector unit: a block is a multiple of it
@@ -98,7 +98,6 @@ def packed_forward(
 
     def step(x: Array, inputs: tuple[Layer, Array | None]) -> tuple[Array, None]:
         layer, local = inputs
-        x = keep_rows(x, mesh)
         heads = qkv(layer, config, x, of_layer(angles, local))
         mixed = kernels[0](*heads, real) if local is None else jax.lax.cond(local, *kernels[::-1], *heads, real)
         return residual(layer, config, x, mixed.reshape(*x.shape[:2], -1)), None

@@ -113,7 +113,7 @@ def train_critic(
 
 
 def by_critic(scorer: PairScorer) -> Choose:
-    """Carries out the proposal with the highest score; ties go to the first. Most come again at the next step."""
+    """Carries out the proposal with the highest score; ties go to the first. None is scored twice."""
     scores: dict[Pair, float] = {}
 
     def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:

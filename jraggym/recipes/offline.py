@@ -110,13 +110,16 @@ def objective_of(experiment: Sft | Dpo | CriticTraining, net: Network) -> Object
 def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) -> tuple[Model, dict[str, Any]]:
     """Returns the actor and its evaluation."""
     ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(shop))
+    told: dict[str, Any] = {}
     if experiment.data is None:
         # Of a whole episode most tokens are what came back.
         batches, share = warm_start_data(shop, demonstrations(shop)), 0.5 if shop.codec.appends else 1.0
     else:
-        batches, share = labelled(shop, successful(open_dataset(experiment.data))), 1.0
+        records = successful(open_dataset(experiment.data))
+        batches, share, told = labelled(shop, records), 1.0, left_out(shop, records)
     ready = dataclasses.replace(ready, net=dataclasses.replace(ready.net, share=share))
-    return _actor(experiment, shop, ready, batches, log)
+    model, result = _actor(experiment, shop, ready, batches, log)
+    return model, result | told
 
 
 def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
