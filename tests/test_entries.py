@@ -57,6 +57,7 @@ def data(root, warm):
     found = run_experiment(small(collect_synthhop.EXPERIMENT, root / "collect", model=warm, questions=16), collect_data)
     assert found["states"] >= 16
     assert found["candidates"] == 4 * found["states"]
+    assert found["candidates"] < found["sampled_tokens"] <= 16 * found["candidates"]
     # So small an actor writes no good action: the states are its own, the candidates are made.
     actions = ("<search> mayor</search>", "<answer> yes</answer>", "<answer> no</answer>", "<search> town</search>")
     candidates = tuple(Candidate(text, 1 / (1 + rank)) for rank, text in enumerate(actions))

@@ -68,6 +68,7 @@ def test_the_table_says_where_the_agents_stand(whole):
     assert em["oracle"] == max(em.values()) > 0.9, "the plans no longer solve their own questions"
     assert results["labels"]["states"] > 0
     assert results["labels"]["candidates"] > results["labels"]["states"]
+    assert results["labels"]["sampled tokens"] > results["labels"]["candidates"]
 
 
 def test_the_same_again_trains_nothing_and_says_the_same(whole):

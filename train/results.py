@@ -16,6 +16,7 @@ from tqdm import tqdm
 from jraggym.data.process import ProcessRecord
 from jraggym.evaluation import Row, compare
 from jraggym.hosts import lead
+from jraggym.recipes.collecting import sampled_tokens
 from jraggym.recipes.quickstart import Workshop
 from jraggym.recipes.rows import sample_for_report
 from jraggym.recipes.settings import Settings
@@ -127,6 +128,7 @@ def gather(
         "labels": {
             "states": len(records),
             "candidates": len(rewards),
+            "sampled tokens": sampled_tokens(records),
             "mean reward": sum(rewards) / max(len(rewards), 1),
             "rewards": [[value, rewards.count(value)] for value in sorted(set(rewards))],
         },

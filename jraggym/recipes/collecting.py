@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jraggym.data.process import ProcessRecord
 from jraggym.model_folder import Model
 from jraggym.recipes.experiment import Experiment, Log
 from jraggym.recipes.quickstart import Workshop, collect_round, collector
@@ -35,9 +37,15 @@ def collect_data(experiment: Collect, shop: Workshop, start: Model, log: Log) ->
     found = {
         "states": len(records),
         "candidates": len(rewards),
+        "sampled_tokens": sampled_tokens(records),
         "reward": float(np.mean(rewards)),
         "episode_em": float(np.mean([record.em for record in records if record.step == 0])),
         "data": str(shop.out / "data" / "data" / "dataset"),
     }
     log("collect", 0, {key: value for key, value in found.items() if isinstance(value, float | int)})
     return None, found
+
+
+def sampled_tokens(records: Iterable[ProcessRecord]) -> int:
+    """How many tokens the policy sampled for them, those of every candidate."""
+    return sum(len(candidate.tokens) for record in records for candidate in record.candidates)
