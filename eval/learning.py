@@ -9,6 +9,10 @@ kind, and were written down before the runs:
 * does it learn faster than the kind with outcome rewards: is its mean EM over the same range of sampled tokens higher,
   with an interval above 0? (Curves are linear between evaluations and end at the shortest run's tokens.)
 
+Runs of train.transcripts know their oracle: does EM rise by half of the way to it or more? They also tell how often
+they search, and how they fare with a broken retriever. `--beside` lays main jobs next to them, seed by seed: DPO +
+critic against the run's EM at as many tokens as were sampled for the main job's process data.
+
 Differences are paired by question; intervals come from resampling questions within each seed.
 """
 
@@ -39,6 +43,18 @@ class Arguments:
     """Their --out folders."""
     out: Path | None = None
     """A web page with the curves."""
+    beside: tuple[Path, ...] = ()
+    """--out folders of train.quickstart, of the same seeds."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What a run of train.transcripts knows besides."""
+
+    oracle: float  # EM of the ceiling
+    broken: float  # EM at the end when searches bring random documents
+    first: Mapping[str, float]  # searches at the start by the number that a question needs
+    last: Mapping[str, float]  # at the end
 
 
 @dataclass(frozen=True)
@@ -49,14 +65,33 @@ class Run:
     seed: int
     tokens: np.ndarray  # [points]
     em: np.ndarray  # [points, questions]
+    episodes: Episodes | None = None
+
+    def at(self, tokens: np.ndarray) -> np.ndarray:
+        """Each question's EM [X, questions] at so many sampled tokens [X]; at more than the run's, that of its end."""
+        tokens = np.clip(tokens, self.tokens[0], self.tokens[-1])
+        place = np.clip(np.searchsorted(self.tokens, tokens, side="right") - 1, 0, len(self.tokens) - 2)
+        left, right = self.tokens[place], self.tokens[place + 1]
+        share = ((tokens - left) / (right - left))[:, None]
+        return (1 - share) * self.em[place] + share * self.em[place + 1]
 
     def mean_until(self, budget: float) -> np.ndarray:
         """Each question's EM [questions], averaged over 0 to `budget` sampled tokens."""
-        grid = np.linspace(0.0, budget, GRID)
-        place = np.clip(np.searchsorted(self.tokens, grid, side="right") - 1, 0, len(self.tokens) - 2)
-        left, right = self.tokens[place], self.tokens[place + 1]
-        share = ((grid - left) / (right - left))[:, None]
-        return ((1 - share) * self.em[place] + share * self.em[place + 1]).mean(axis=0)
+        return self.at(np.linspace(0.0, budget, GRID)).mean(axis=0)
+
+    def half_way(self, oracle: float) -> np.ndarray:
+        """The start's EM [questions] and half of what is missing to the oracle."""
+        return self.em[0] + (oracle - self.em[0].mean()) / 2
+
+
+@dataclass(frozen=True)
+class MainJob:
+    """DPO + critic of a main job: EM of every question, and the tokens sampled for its process data."""
+
+    seed: int
+    tokens: float
+    em: np.ndarray  # [questions]
+    name: str
 
 
 def read(folder: Path) -> Run:
@@ -67,13 +102,28 @@ def read(folder: Path) -> Run:
         curve = found["curve"]
         tokens = np.array([point["sampled_tokens"] for point in curve], float)
         em = np.array([[float(digit) for digit in point["each"]] for point in curve])
-        run = Run(str(found["experiment"]), int(found["seed"]), tokens, em)
+        episodes = None
+        if "broken_retriever" in found:
+            needs = [curve[i]["searches_by_need"] for i in (0, -1)]
+            episodes = Episodes(found["oracle"], found["broken_retriever"]["em"], *needs)
+        run = Run(str(found["experiment"]), int(found["seed"]), tokens, em, episodes)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "Name the --out folder of a finished train.grpo or train.ppo run."
+        remedy = "Name the --out folder of a finished train.grpo, train.ppo or train.transcripts run."
         raise InputError(f"cannot read {path}", got=repr(error), remedy=remedy) from error
     if len(tokens) < 2 or (np.diff(tokens) <= 0).any():
         raise InputError(f"no curve in {path}", got=tokens.tolist(), remedy="Evaluate at two points or more.")
     return run
+
+
+def read_main_job(folder: Path) -> MainJob:
+    """The DPO + critic row of a finished main job; InputError when there is none."""
+    try:
+        scores, results = (json.loads((folder / name).read_text()) for name in ("scores.json", "results.json"))
+        (name,) = (row for row in scores["em"] if row.startswith("DPO + critic"))
+        return MainJob(scores["seed"], results["labels"]["sampled tokens"], np.array(scores["em"][name], float), name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Name the --out folder of a finished train.quickstart run."
+        raise InputError(f"cannot read {folder}", got=repr(error), remedy=remedy) from error
 
 
 def by_kind(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -88,13 +138,19 @@ def by_kind(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return dict(kinds)
 
 
-def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[float], tuple[float, float, float], bool]]:
-    """(claim, difference of each seed, (mean, low, high), holds)."""
+Verdict = tuple[str, list[float], tuple[float, float, float], bool]  # claim, each seed, (mean, low, high), holds
+
+
+def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[Verdict]:
+    """Whether each kind rises over its start, and learns faster than outcome rewards."""
     found = []
     budget = min(float(run.tokens[-1]) for runs in kinds.values() for run in runs)
     for kind, runs in kinds.items():
         pairs = [(run.em[-1], run.em[0]) for run in runs]
         found.append(_verdict(f"{kind}: end - start >= +{LEAST:.2f}", pairs, LEAST))
+        half = [(run.em[-1], run.half_way(run.episodes.oracle)) for run in runs if run.episodes]
+        if len(half) == len(runs):
+            found.append(_verdict(f"{kind}: end - half of the way from start to oracle >= 0", half, 0.0))
     slow = {run.seed: run for kind, runs in kinds.items() if kind.endswith("outcome rewards") for run in runs}
     for kind, runs in kinds.items():
         both = [(run.mean_until(budget), slow[run.seed].mean_until(budget)) for run in runs if run.seed in slow]
@@ -104,7 +160,20 @@ def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[tuple[str, list[float],
     return found
 
 
-def _verdict(claim: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]], least: float):
+def beside(kinds: Mapping[str, Sequence[Run]], jobs: Sequence[MainJob]) -> list[Verdict]:
+    """Each kind against the main jobs of its seeds, at their sampled tokens; InputError for a seed without one."""
+    by_seed, found = {job.seed: job for job in jobs}, []
+    for kind, runs in kinds.items():
+        if missing := [run.seed for run in runs if run.seed not in by_seed]:
+            raise InputError(f"{kind} has no main job beside it", got=missing, remedy="Name one of each seed.")
+        mains = [by_seed[run.seed] for run in runs]
+        pairs = [(run.at(np.array([job.tokens]))[0], job.em) for run, job in zip(runs, mains, strict=True)]
+        tokens = ", ".join(f"{job.tokens:,.0f}" for job in mains)
+        found.append(_verdict(f"{kind}: after {tokens} tokens - {mains[0].name} > 0", pairs, 0.0))
+    return found
+
+
+def _verdict(claim: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]], least: float) -> Verdict:
     mean, low, high = pooled_difference(pairs)
     return claim, [float((a - b).mean()) for a, b in pairs], (mean, low, high), bool(mean >= least and low > 0)
 
@@ -130,16 +199,31 @@ def draw(kinds: Mapping[str, Sequence[Run]]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _episodes(kinds: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The table of runs that tell more of their episodes."""
+    lines, needs = [], ""
+    for run in (run for runs in kinds.values() for run in runs):
+        if (more := run.episodes) is not None:
+            start, end = (", ".join(f"{by[need]:.1f}" for need in sorted(by)) for by in (more.first, more.last))
+            lines.append(f"| {run.kind} | {run.seed} | {more.oracle:.3f} | {more.broken:.3f} | {start} | {end} |")
+            needs = ", ".join(sorted(more.last))
+    head = f"| run | seed | oracle | broken retriever | searches where {needs} are needed, at the start | at the end |"
+    return ["", head, "|---" * 6 + "|", *lines] if lines else []
+
+
 def main(arguments: Arguments) -> None:
     """Prints the tables and writes the page."""
     kinds = by_kind([read(folder) for folder in arguments.runs])
+    jobs = [read_main_job(folder) for folder in arguments.beside]
     lines = ["| run | seed | sampled tokens | EM at the start | EM at the end |", "|---" * 5 + "|"]
     for kind, runs in kinds.items():
         for run in runs:
             ends = " | ".join(f"{run.em[i].mean():.3f}" for i in (0, -1))
             lines.append(f"| {kind} | {run.seed} | {run.tokens[-1]:,.0f} | {ends} |")
+    lines += [f"| {job.name} | {job.seed} | {job.tokens:,.0f} | | {job.em.mean():.3f} |" for job in jobs]
+    lines += _episodes(kinds)
     lines += ["", "| claim | each seed | all | 95 % interval | verdict |", "|---" * 5 + "|"]
-    for claim, each, (mean, low, high), holds in verdicts(kinds):
+    for claim, each, (mean, low, high), holds in verdicts(kinds) + (beside(kinds, jobs) if jobs else []):
         gains, verdict = " ".join(f"{x:+.3f}" for x in each), "holds" if holds else "does not hold"
         lines.append(f"| {claim} | {gains} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {verdict} |")
     print("\n".join(lines))

@@ -5,20 +5,31 @@ import json
 import numpy as np
 import pytest
 
-from eval.learning import Arguments, Run, by_kind, main, read, verdicts
+from eval.learning import Arguments, Run, beside, by_kind, main, read, read_main_job, verdicts
 from jraggym.errors import InputError
 
 FAST, SLOW = "GRPO, process rewards", "GRPO, outcome rewards"
 
 
-def write_run(folder, kind, seed, points, questions=200):
+def write_run(folder, kind, seed, points, questions=200, **more):
     """A run whose EM at (tokens, share) has the first share of the questions right."""
     folder.mkdir()
     curve = [
         {"iteration": i, "sampled_tokens": tokens, "each": ("1" * round(share * questions)).ljust(questions, "0")}
         for i, (tokens, share) in enumerate(points)
     ]
-    (folder / "results.json").write_text(json.dumps({"experiment": kind, "seed": seed, "curve": curve}))
+    if more:
+        curve[0]["searches_by_need"], curve[-1]["searches_by_need"] = {"1": 1.0, "2": 1.26}, {"1": 1.1, "2": 2.0}
+    (folder / "results.json").write_text(json.dumps({"experiment": kind, "seed": seed, "curve": curve, **more}))
+    return folder
+
+
+def write_main_job(folder, seed, tokens, right, questions=200):
+    """A main job whose DPO + critic has the first `right` questions right."""
+    folder.mkdir()
+    em = {"DPO": [0.0] * questions, "DPO + critic best of 8": [float(i < right) for i in range(questions)]}
+    (folder / "scores.json").write_text(json.dumps({"seed": seed, "em": em, "claims": []}))
+    (folder / "results.json").write_text(json.dumps({"labels": {"sampled tokens": tokens}}))
     return folder
 
 
@@ -56,6 +67,28 @@ def test_tables_and_page(runs, tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 1
     assert "GRPO, outcome rewards: end - start &gt;= +0.10" in page
+
+
+def test_whole_episodes_are_set_against_their_oracle_and_main_jobs(tmp_path, capsys):
+    more = {"oracle": 0.8, "broken_retriever": {"em": 0.15}}
+    runs = [write_run(tmp_path / f"r{s}", "research", s, [(0, 0.4), (100, 0.6), (200, 0.7)], **more) for s in range(2)]
+    kinds = by_kind([read(run) for run in runs])
+    found = {claim: (each, holds) for claim, each, _, holds in verdicts(kinds)}
+    each, holds = found["research: end - half of the way from start to oracle >= 0"]
+    assert each == pytest.approx([0.1, 0.1])  # .7, and half of the way from .4 to .8
+    assert holds
+    jobs = [write_main_job(tmp_path / f"q{s}", s, 150 + 900 * s, 100 + s) for s in range(2)]
+    ((claim, each, _, _),) = beside(kinds, [read_main_job(job) for job in jobs])
+    assert claim == "research: after 150, 1,050 tokens - DPO + critic best of 8 > 0"
+    assert each == pytest.approx([0.65 - 0.5, 0.7 - 0.505]), "after more tokens than the run has, its end"
+    main(Arguments(tuple(runs), beside=tuple(jobs)))
+    told = capsys.readouterr().out
+    assert "| research | 1 | 0.800 | 0.150 | 1.0, 1.3 | 1.1, 2.0 |" in told
+    assert "| DPO + critic best of 8 | 0 | 150 | | 0.500 |" in told
+    with pytest.raises(InputError, match="research has no main job beside it"):
+        beside(kinds, [read_main_job(jobs[0])])
+    with pytest.raises(InputError, match=r"finished train.quickstart run"):
+        read_main_job(runs[0])
 
 
 @pytest.mark.parametrize("damage", [None, "{", '{"experiment": "x", "seed": 0, "curve": [{"sampled_tokens": 1}]}'])
