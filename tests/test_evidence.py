@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jraggym import steps
-from jraggym.evidence.episodes import Budget, complete, gains, search_evidence
+from jraggym.evidence.episodes import Budget, complete, gains, in_turn, search_evidence
 from jraggym.evidence.proposals import Proposal, names, propose
 from jraggym.evidence.training import Choice, PairBatches, choices_from_json, collect_choices, shuffled
 from jraggym.models.bert_critic import PairScorer, PairTokenizer, new_critic, pair_scores, save_bert_critic
@@ -29,7 +29,7 @@ WEIWEI = Document("weiwei", "Ai Weiwei", "Ai Weiwei is an artist born in Beijing
 GERMANY = Document("german", "German", "German is a language.")
 QUESTION = "Where was the director of Human Flow born?"
 EXAMPLE = Example("1", QUESTION, ("Beijing",), "compositional", ("flow", "weiwei"))
-BUDGET = Budget(searches=2, documents=1, around=3)
+BUDGET = Budget(searches=2, documents=1, together=1, around=3)
 CORPUS = (FLOW, WEIWEI, GERMANY)
 
 
@@ -90,6 +90,47 @@ def test_an_episode_reads_only_what_is_new():
     assert not complete(state, EXAMPLE)
 
 
+def test_documents_are_read_in_turn():
+    a, b, c, d = (Document(x, x, x) for x in "abcd")
+    start = State("?")
+    assert in_turn(start, [(a, b, c), (a, d)], 4) == [(a, b, c), (d,)]
+    assert in_turn(start, [(a, b, c), (a, d)], 2) == [(a,), (d,)]
+    assert in_turn(start, [(a, b, c), (a, d)], 9) == [(a, b, c), (d,)]
+    assert in_turn(State("?", (Turn(Search("x"), (a, d)),)), [(a, b, c), (a, d)], 2) == [(b, c), ()]
+    assert in_turn(start, [(), ()], 2) == [(), ()]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=6), max_size=5), st.integers(0, 12))
+def test_reading_in_turn_wastes_nothing_and_is_fair(rankings, documents):
+    found = [[Document(str(i), "", "") for i in ranking] for ranking in rankings]
+    read = in_turn(State("?"), found, documents)
+    ids = [document.id for brought in read for document in brought]
+    assert len(ids) == len(set(ids)) == min(documents, len({i for ranking in rankings for i in ranking}))
+    for brought, hits in zip(read, found, strict=True):
+        assert [d for d in hits if d in brought] == list(brought), "in the order of its ranking"
+        others = [len(other) for other in read]
+        left = [d for d in hits if d.id not in ids]
+        assert not left or len(brought) >= max(others) - 1, "a search with more to bring is not left behind"
+
+
+def test_a_search_carries_out_several_proposals_together():
+    asked = []
+
+    def counted(queries, k):
+        asked.append(len(queries))
+        return lookup(queries, k)
+
+    (state,) = search_evidence([EXAMPLE], counted, the_first, Budget(searches=2, documents=2, together=2, around=3))
+    assert [(turn.action.query.split()[0], turn.documents) for turn in state.turns] == [
+        ("Where", (FLOW,)),
+        ("Human", ()),  # its only document is the same one
+        ("German", (GERMANY,)),
+        ("Ai", (WEIWEI,)),
+    ]
+    assert asked == [2, 2]
+    assert [Budget(documents=5, together=n).share for n in (1, 2, 3, 5, 9)] == [5, 3, 2, 1, 1]
+
+
 def test_the_question_can_be_asked_again():
     plain = Example("2", "no names?", ("x",), "", ("flow", "weiwei"))
     (state,) = search_evidence([plain], lambda queries, k: [CORPUS[:k] for _ in queries], the_first, BUDGET)
@@ -99,10 +140,11 @@ def test_the_question_can_be_asked_again():
 def test_random_choices_depend_on_the_question_alone():
     states = [State(f"Question {i}?") for i in range(20)]
     offered = [(Proposal("a", "a"),) * 7] * 20
-    together = at_random(0)(states, offered)
-    assert together == [at_random(0)([s], [o])[0] for s, o in zip(states, offered, strict=True)]
-    assert len(set(together)) > 2
-    assert together != at_random(1)(states, offered)
+    orders = at_random(0)(states, offered)
+    assert orders == [at_random(0)([s], [o])[0] for s, o in zip(states, offered, strict=True)]
+    assert all(sorted(order) == list(range(7)) for order in orders)
+    assert len({order[0] for order in orders}) > 2
+    assert orders != at_random(1)(states, offered)
 
 
 def test_choices_hold_good_and_useless_proposals():
@@ -132,7 +174,7 @@ def encoder(tmp_path_factory):
 
 
 def settings():
-    return EvidenceSettings(searches=2, documents=1, around=3)
+    return EvidenceSettings(searches=2, documents=1, together=1, around=3)
 
 
 def test_batches_are_functions_of_the_step(encoder):
@@ -189,7 +231,11 @@ def test_the_critic_learns_which_name_is_asked_for(encoder):
     assert step.compilations == 1
     scorer = PairScorer(state.weights, encoder.query.config, tokenize)
     offered = [tuple(Proposal(why, why) for why in choices[0].whys)]
-    assert by_critic(scorer)([State("who was born")], offered) == [2]
+    (order,) = by_critic(scorer)([State("who was born")], offered)
+    assert order[0] == 2
+    assert scorer([("who was born", choices[0].whys[i]) for i in order]) == sorted(
+        scorer([("who was born", why) for why in choices[0].whys]), reverse=True
+    )
 
 
 def test_scores_equal_those_of_transformers(encoder, tmp_path):

@@ -5,7 +5,8 @@
 A critic (MiniLM's trunk with a scalar head) learns from process labels of supporting facts, which candidate search
 brings new gold evidence, on the training files of all folders named. It then chooses the searches of their development
 files: of each over its own pooled paragraphs, or over pooled_questions.jsonl and pooled_corpus.jsonl where a folder has
-them. All rows read the same number of documents. The score is all-gold recall: the share of questions whose supporting
+them. A search carries out the best few proposals together and reads their documents in turn; all rows read the same
+number of documents. The score is all-gold recall: the share of questions whose supporting
 documents were all read. `python -m eval.pooled --runs ...` lays runs of several seeds together.
 
 It can be killed at any moment and called again.

@@ -1,7 +1,7 @@
-"""Episodes of evidence search: at every step one proposal of each state is carried out.
+"""Episodes of evidence search: at every step the best few proposals of each state are carried out together.
 
-Each search reads the best documents that were not read before, so `searches` times `documents` are read in all, as
-many different ones as a single search for so many would read.
+Their documents that were not read before are read in turn: the first of each, the second of each ... So `searches`
+times `documents` are read in all, as many different ones as a single search for so many would read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jraggym.types import Document, Example, Search, State, Turn
 
 Lookup = Callable[[Sequence[str], int], Sequence[Sequence[Document]]]  # queries and k -> the k best of each
 Proposals = Sequence[Proposal]
-# Which proposal of each state is carried out; the states are those of all examples, in their order
-Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[int]]
+# The numbers of each state's proposals, best first; the states are those of all examples, in their order
+Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Budget:
 
     searches: int = 4
     documents: int = 5  # of each search, none of them read before
+    together: int = 5  # proposals that a search carries out
     around: int = 6
 
     @property
@@ -32,19 +33,48 @@ class Budget:
         """Documents read in all."""
         return self.searches * self.documents
 
+    @property
+    def share(self) -> int:
+        """Documents that one proposal of a search may bring, where all have as many."""
+        return -(-self.documents // self.together)
+
 
 def search_evidence(examples: Sequence[Example], lookup: Lookup, choose: Choose, budget: Budget) -> list[State]:
-    """The state of each question after all its searches."""
+    """The state of each question after all its searches; a search is a turn for each proposal that it carries out."""
     states = [State(example.question) for example in examples]
     for _ in range(budget.searches):
         stop_if_asked()
         offered = [propose(state, budget.around) for state in states]
-        chosen = choose(states, offered)
-        queries = [proposals[number].query for proposals, number in zip(offered, chosen, strict=True)]
-        for i, hits in enumerate(lookup(queries, budget.read)):
-            turn = Turn(Search(queries[i]), unread(states[i], hits)[: budget.documents])
-            states[i] = State(states[i].question, (*states[i].turns, turn))
+        orders = choose(states, offered)
+        queries = [
+            [proposals[number].query for number in order[: budget.together]]
+            for proposals, order in zip(offered, orders, strict=True)
+        ]
+        found = iter(lookup([query for asked in queries for query in asked], budget.read))
+        for i, asked in enumerate(queries):
+            turns = zip(asked, in_turn(states[i], [next(found) for _ in asked], budget.documents), strict=True)
+            states[i] = State(states[i].question, (*states[i].turns, *(Turn(Search(q), docs) for q, docs in turns)))
     return states
+
+
+def in_turn(state: State, found: Sequence[Sequence[Document]], documents: int) -> list[tuple[Document, ...]]:
+    """What is read of each search's documents, `documents` in all: the first new one of each, then the second of each.
+
+    Of (A, B, C) and (A, D), four: (A, B, C) and (D).
+    """
+    seen, waiting = read_ids(state), {number: iter(hits) for number, hits in enumerate(found)}
+    read: list[list[Document]] = [[] for _ in found]
+    while waiting:
+        for number, hits in list(waiting.items()):
+            if sum(map(len, read)) == documents:
+                return [tuple(brought) for brought in read]
+            new = next((document for document in hits if document.id not in seen), None)
+            if new is None:
+                del waiting[number]
+            else:
+                read[number].append(new)
+                seen.add(new.id)
+    return [tuple(brought) for brought in read]
 
 
 def unread(state: State, documents: Sequence[Document]) -> tuple[Document, ...]:

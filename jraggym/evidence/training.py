@@ -66,7 +66,7 @@ def collect_choices(
 ) -> list[Choice]:
     """Labels all proposals of the states that episodes visit, `rounds` episodes of each question.
 
-    An episode carries out one of the good proposals with probability `good`, else a random one, so that the critic sees
+    An episode carries out random proposals, and with probability `good` a good one among them, so that the critic sees
     good states and states gone astray. Kept are the states that have both good and useless proposals. Raises
     InputError when there is no such state.
     """
@@ -74,20 +74,22 @@ def collect_choices(
     for number in range(rounds):
         rng = random.Random(f"{seed}/{number}")
 
-        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng) -> list[int]:
+        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng) -> list[list[int]]:
             queries = [proposal.query for proposals in offered for proposal in proposals]
             found = iter(lookup(queries, budget.read))
-            chosen = []
+            orders = []
             for example, state, proposals in zip(examples, states, offered, strict=True):
-                hits = [unread(state, next(found))[: budget.documents] for _ in proposals]
+                hits = [unread(state, next(found))[: budget.share] for _ in proposals]
                 rewards = gains(example, state, hits)
                 useful = [i for i, reward in enumerate(rewards) if reward > 0]
                 if not complete(state, example) and 0 < len(useful) < len(rewards):
                     whys = tuple(proposal.why for proposal in proposals)
                     choices.append(Choice(state.question, whys, tuple(rewards), len(state.turns)))
-                follow = useful and rng.random() < good
-                chosen.append(rng.choice(useful) if follow else rng.randrange(len(proposals)))
-            return chosen
+                order = rng.sample(range(len(proposals)), len(proposals))
+                if useful and rng.random() < good:
+                    order.insert(0, order.pop(order.index(rng.choice(useful))))
+                orders.append(order)
+            return orders
 
         search_evidence(examples, lookup, choose, budget)
         if report is not None:

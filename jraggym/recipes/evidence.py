@@ -20,7 +20,7 @@ from jraggym.data.questions import QuestionSet
 from jraggym.evidence.episodes import Budget, Choose, Lookup, complete, gains, search_evidence, unread
 from jraggym.evidence.proposals import Proposal
 from jraggym.evidence.training import Choice, PairBatches, collect_choices
-from jraggym.models.bert_critic import BertCritic, Pair, PairScorer, PairTokenizer, new_critic
+from jraggym.models.bert_critic import BertCritic, PairScorer, PairTokenizer, new_critic
 from jraggym.models.bert_encoder import BertEncoder
 from jraggym.retrieval.encoder import embed
 from jraggym.retrieval.hybrid import HybridRetriever
@@ -36,6 +36,7 @@ class EvidenceSettings:
 
     searches: int = 4
     documents: int = 5  # of a search, none of them read before
+    together: int = 5  # proposals that a search carries out, whose documents are read in turn
     depth: int = 100  # candidates of either ranking before they are fused
     rounds: int = 2  # simulated episodes of each training question
     states: int = 8  # of a batch
@@ -51,7 +52,7 @@ class EvidenceSettings:
     @property
     def budget(self) -> Budget:
         """Of an episode."""
-        return Budget(self.searches, self.documents, self.around)
+        return Budget(self.searches, self.documents, self.together, self.around)
 
 
 class Searcher:
@@ -113,45 +114,47 @@ def train_critic(
 
 
 def by_critic(scorer: PairScorer) -> Choose:
-    """Carries out the proposal with the highest score; ties go to the first. None is scored twice."""
-    scores: dict[Pair, float] = {}
+    """Proposals by falling score; of equal ones the first comes first."""
 
-    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
+    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
         pairs = [[(s.question, p.why) for p in proposals] for s, proposals in zip(states, offered, strict=True)]
-        if new := [pair for pair in dict.fromkeys(pair for row in pairs for pair in row) if pair not in scores]:
-            scores.update(zip(new, map(float, scorer(new)), strict=True))
-        return [int(np.argmax([scores[pair] for pair in row])) for row in pairs]
+        scores = iter(scorer([pair for row in pairs for pair in row]))
+        return [_falling([next(scores) for _ in row]) for row in pairs]
 
     return choose
+
+
+def _falling(values: Sequence[float]) -> list[int]:
+    return np.argsort(-np.asarray(values), kind="stable").tolist()
 
 
 def at_random(seed: int) -> Choose:
     """The random-critic control; a draw depends on the seed, the question and the step alone."""
 
-    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
+    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
         return [
-            random.Random(f"{seed}/{state.question}/{len(state.turns)}").randrange(len(proposals))
-            for state, proposals in zip(states, offered, strict=True)
+            random.Random(f"{seed}/{state.question}/{len(state.turns)}").sample(range(len(offer)), len(offer))
+            for state, offer in zip(states, offered, strict=True)
         ]
 
     return choose
 
 
-def the_first(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
-    """Always the first proposal."""
-    return [0] * len(offered)
+def the_first(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
+    """Always the first proposals."""
+    return [list(range(len(proposals))) for proposals in offered]
 
 
 def by_oracle(examples: Sequence[Example], lookup: Lookup, settings: EvidenceSettings) -> Choose:
-    """The ceiling of one-step choice: the proposal whose search brings the most missing evidence."""
+    """The ceiling of one-step choice: the proposals whose searches bring the most missing evidence."""
 
-    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[int]:
+    def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
         found = iter(lookup([p.query for proposals in offered for p in proposals], settings.budget.read))
-        chosen = []
+        orders = []
         for example, state, proposals in zip(examples, states, offered, strict=True):
-            hits = [unread(state, next(found))[: settings.documents] for _ in proposals]
-            chosen.append(int(np.argmax(gains(example, state, hits))))
-        return chosen
+            hits = [unread(state, next(found))[: settings.budget.share] for _ in proposals]
+            orders.append(_falling(gains(example, state, hits)))
+        return orders
 
     return choose
 
