@@ -80,8 +80,8 @@ class Run:
         return self.at(np.linspace(0.0, budget, GRID)).mean(axis=0)
 
     def half_way(self, oracle: float) -> np.ndarray:
-        """The start's EM [questions] and half of what is missing to the oracle."""
-        return self.em[0] + (oracle - self.em[0].mean()) / 2
+        """The middle of the start's EM [questions] and the oracle's."""
+        return (self.em[0] + oracle) / 2
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,22 @@ def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[Verdict]:
 
 
 def beside(kinds: Mapping[str, Sequence[Run]], jobs: Sequence[MainJob]) -> list[Verdict]:
-    """Each kind against the main jobs of its seeds, at their sampled tokens; InputError for a seed without one."""
+    """Each kind against the main jobs of its seeds, at their sampled tokens.
+
+    Raises InputError for a seed without a main job or with two, and for main jobs of other questions or candidates.
+    """
     by_seed, found = {job.seed: job for job in jobs}, []
+    if len(by_seed) < len(jobs) or len({job.name for job in jobs}) > 1:
+        got = [(job.seed, job.name) for job in jobs]
+        raise InputError("these main jobs do not belong together", got=got, remedy="Name one of each seed.")
     for kind, runs in kinds.items():
         if missing := [run.seed for run in runs if run.seed not in by_seed]:
             raise InputError(f"{kind} has no main job beside it", got=missing, remedy="Name one of each seed.")
         mains = [by_seed[run.seed] for run in runs]
+        sizes = [(run.em.shape[1], len(job.em)) for run, job in zip(runs, mains, strict=True)]
+        if any(ours != theirs for ours, theirs in sizes):
+            remedy = "Evaluate both on the test split (--evaluate test)."
+            raise InputError(f"{kind} and its main jobs were asked other questions", got=sizes, remedy=remedy)
         pairs = [(run.at(np.array([job.tokens]))[0], job.em) for run, job in zip(runs, mains, strict=True)]
         tokens = ", ".join(f"{job.tokens:,.0f}" for job in mains)
         found.append(_verdict(f"{kind}: after {tokens} tokens - {mains[0].name} > 0", pairs, 0.0))
@@ -200,14 +210,13 @@ def draw(kinds: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _episodes(kinds: Mapping[str, Sequence[Run]]) -> list[str]:
-    """The table of runs that tell more of their episodes."""
-    lines, needs = [], ""
+    """The table of runs that tell more of their episodes; searches by the number that a question needs."""
+    lines = []
     for run in (run for runs in kinds.values() for run in runs):
         if (more := run.episodes) is not None:
-            start, end = (", ".join(f"{by[need]:.1f}" for need in sorted(by)) for by in (more.first, more.last))
+            start, end = (", ".join(f"{need}: {by[need]:.1f}" for need in sorted(by)) for by in (more.first, more.last))
             lines.append(f"| {run.kind} | {run.seed} | {more.oracle:.3f} | {more.broken:.3f} | {start} | {end} |")
-            needs = ", ".join(sorted(more.last))
-    head = f"| run | seed | oracle | broken retriever | searches where {needs} are needed, at the start | at the end |"
+    head = "| run | seed | oracle | broken retriever | searches by need, at the start | at the end |"
     return ["", head, "|---" * 6 + "|", *lines] if lines else []
 
 

@@ -131,6 +131,18 @@ def test_a_search_carries_out_several_proposals_together():
     assert [Budget(documents=5, together=n).share for n in (1, 2, 3, 5, 9)] == [5, 3, 2, 1, 1]
 
 
+def test_the_oracle_does_not_take_two_proposals_for_the_same_evidence():
+    found = {"film": (FLOW,), "the film": (FLOW,), "useless": (GERMANY,), "artist": (WEIWEI,)}
+    offered = [tuple(Proposal(query, query) for query in found)]
+    told = EvidenceSettings(documents=2, together=2)
+    (order,) = by_oracle([EXAMPLE], lambda queries, k: [found[query] for query in queries], told)(
+        [State(QUESTION)], offered
+    )
+    assert order == [0, 3]
+    (order,) = by_oracle([EXAMPLE], lambda queries, k: [(GERMANY,) for _ in queries], told)([State(QUESTION)], offered)
+    assert order == [0, 1], "where nothing helps, the first ones"
+
+
 def test_the_question_can_be_asked_again():
     plain = Example("2", "no names?", ("x",), "", ("flow", "weiwei"))
     (state,) = search_evidence([plain], lambda queries, k: [CORPUS[:k] for _ in queries], the_first, BUDGET)

@@ -63,7 +63,7 @@ def test_from_files_to_tables_and_again_to_the_same(arguments, capsys, monkeypat
     scores = (arguments.out / "scores.json").read_text()
     em = json.loads(scores)["em"]
     assert em["twowiki: oracle"] == [1.0] * 4
-    assert {name.split(": ")[1] for name in em} >= {"critic", "shuffled rewards", "random critic", "first proposal"}
+    assert {name.split(": ")[1] for name in em} >= {"critic", "shuffled rewards", "random critic", "first proposals"}
     assert "| critic |" in capsys.readouterr().out
     main(arguments)
     assert (arguments.out / "scores.json").read_text() == scores

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval.learning import Arguments, Run, beside, by_kind, main, read, read_main_job, verdicts
+from eval.learning import Arguments, Episodes, Run, beside, by_kind, main, read, read_main_job, verdicts
 from jraggym.errors import InputError
 
 FAST, SLOW = "GRPO, process rewards", "GRPO, outcome rewards"
@@ -83,12 +83,27 @@ def test_whole_episodes_are_set_against_their_oracle_and_main_jobs(tmp_path, cap
     assert each == pytest.approx([0.65 - 0.5, 0.7 - 0.505]), "after more tokens than the run has, its end"
     main(Arguments(tuple(runs), beside=tuple(jobs)))
     told = capsys.readouterr().out
-    assert "| research | 1 | 0.800 | 0.150 | 1.0, 1.3 | 1.1, 2.0 |" in told
+    assert "| research | 1 | 0.800 | 0.150 | 1: 1.0, 2: 1.3 | 1: 1.1, 2: 2.0 |" in told
     assert "| DPO + critic best of 8 | 0 | 150 | | 0.500 |" in told
     with pytest.raises(InputError, match="research has no main job beside it"):
         beside(kinds, [read_main_job(jobs[0])])
     with pytest.raises(InputError, match=r"finished train.quickstart run"):
         read_main_job(runs[0])
+    again = [*jobs, write_main_job(tmp_path / "again", 1, 10, 5)]
+    with pytest.raises(InputError, match="do not belong together"):
+        beside(kinds, [read_main_job(job) for job in again])
+    other = [write_main_job(tmp_path / f"short{s}", s, 10, 5, questions=20) for s in range(2)]
+    with pytest.raises(InputError, match="were asked other questions"):
+        beside(kinds, [read_main_job(job) for job in other])
+
+
+def test_half_of_the_way_varies_with_the_start_as_much_as_it_counts():
+    """end - (start + oracle) / 2 is 0 for every question here, so that drawing other questions changes nothing."""
+    start = np.array([0.0, 1.0] * 100)
+    episodes = Episodes(1.0, 0.1, {"1": 1.0}, {"1": 1.0})
+    run = Run("research", 0, np.array([0.0, 10.0]), np.stack([start, 0.5 + start / 2]), episodes)
+    ((_, _, interval, _),) = [v for v in verdicts({"research": [run]}) if "half of the way" in v[0]]
+    assert interval == pytest.approx((0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("damage", [None, "{", '{"experiment": "x", "seed": 0, "curve": [{"sampled_tokens": 1}]}'])

@@ -6,8 +6,8 @@ A critic (MiniLM's trunk with a scalar head) learns from process labels of suppo
 brings new gold evidence, on the training files of all folders named. It then chooses the searches of their development
 files: of each over its own pooled paragraphs, or over pooled_questions.jsonl and pooled_corpus.jsonl where a folder has
 them. A search carries out the best few proposals together and reads their documents in turn; all rows read the same
-number of documents. The score is all-gold recall: the share of questions whose supporting
-documents were all read. `python -m eval.pooled --runs ...` lays runs of several seeds together.
+number of documents. The score is all-gold recall: the share of questions whose supporting documents were all read.
+`python -m eval.pooled --runs ...` lays runs of several seeds together.
 
 It can be killed at any moment and called again.
 """
@@ -59,7 +59,7 @@ CRITIC, SHUFFLED, RANDOM, FIRST, ORACLE = (
     "critic",
     "shuffled rewards",
     "random critic",
-    "first proposal",
+    "first proposals",
     "oracle",
 )
 SINGLE = ("bm25", "dense", "fused")

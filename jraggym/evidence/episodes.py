@@ -35,7 +35,7 @@ class Budget:
 
     @property
     def share(self) -> int:
-        """Documents that one proposal of a search may bring, where all have as many."""
+        """Documents that one proposal brings at least, while it finds new ones; more where fewer are carried out."""
         return -(-self.documents // self.together)
 
 

@@ -25,7 +25,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A question, why each proposal is made, and its process reward; `step` counts the searches before."""
+    """A question, why each proposal is made, and its process reward; `step` counts the turns before."""
 
     question: str
     whys: tuple[str, ...]
@@ -66,7 +66,7 @@ def collect_choices(
 ) -> list[Choice]:
     """Labels all proposals of the states that episodes visit, `rounds` episodes of each question.
 
-    An episode carries out random proposals, and with probability `good` a good one among them, so that the critic sees
+    An episode carries out random proposals, and with probability `good` a good one first, so that the critic sees
     good states and states gone astray. Kept are the states that have both good and useless proposals. Raises
     InputError when there is no such state.
     """

@@ -17,7 +17,7 @@ import numpy as np
 from jraggym import steps
 from jraggym.checkpoint import Checkpointer
 from jraggym.data.questions import QuestionSet
-from jraggym.evidence.episodes import Budget, Choose, Lookup, complete, gains, search_evidence, unread
+from jraggym.evidence.episodes import Budget, Choose, Lookup, complete, read_ids, search_evidence, unread
 from jraggym.evidence.proposals import Proposal
 from jraggym.evidence.training import Choice, PairBatches, collect_choices
 from jraggym.models.bert_critic import BertCritic, PairScorer, PairTokenizer, new_critic
@@ -119,13 +119,9 @@ def by_critic(scorer: PairScorer) -> Choose:
     def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
         pairs = [[(s.question, p.why) for p in proposals] for s, proposals in zip(states, offered, strict=True)]
         scores = iter(scorer([pair for row in pairs for pair in row]))
-        return [_falling([next(scores) for _ in row]) for row in pairs]
+        return [np.argsort([-next(scores) for _ in row], kind="stable").tolist() for row in pairs]
 
     return choose
-
-
-def _falling(values: Sequence[float]) -> list[int]:
-    return np.argsort(-np.asarray(values), kind="stable").tolist()
 
 
 def at_random(seed: int) -> Choose:
@@ -146,14 +142,19 @@ def the_first(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) ->
 
 
 def by_oracle(examples: Sequence[Example], lookup: Lookup, settings: EvidenceSettings) -> Choose:
-    """The ceiling of one-step choice: the proposals whose searches bring the most missing evidence."""
+    """A greedy ceiling: one after another, the proposal whose documents add most to the evidence so far."""
 
     def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]]) -> list[list[int]]:
         found = iter(lookup([p.query for proposals in offered for p in proposals], settings.budget.read))
         orders = []
         for example, state, proposals in zip(examples, states, offered, strict=True):
             hits = [unread(state, next(found))[: settings.budget.share] for _ in proposals]
-            orders.append(_falling(gains(example, state, hits)))
+            missing = set(example.support) - read_ids(state)
+            brings, order = [missing & {document.id for document in documents} for documents in hits], []
+            for _ in range(min(settings.together, len(proposals))):
+                order.append(max(set(range(len(proposals))) - set(order), key=lambda i: (len(brings[i]), -i)))
+                brings = [more - brings[order[-1]] for more in brings]
+            orders.append(order)
         return orders
 
     return choose

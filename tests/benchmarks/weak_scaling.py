@@ -1,5 +1,5 @@
 """Exchanges on 1, 2, 4 and 8 fake CPU devices with as many rows each, counted in the compiled programs: of one SFT step
-along every axis of the mesh, and of one turn of a rollout along fsdp.
+along every axis of the mesh, and of a rollout's prefill and one token along fsdp.
 
     python tests/benchmarks/weak_scaling.py
 
@@ -14,10 +14,9 @@ A rollout gathers the weights for its prefill and again for every token.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def weight_bytes() -> int:
 def main(sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     """Prints the table; `sizes` are numbers of devices."""
     jax.config.update("jax_num_cpu_devices", max(sizes))
-    print(f"weights: {weight_bytes() / 1e6:.3f} MB; {dataclasses.asdict(CONFIG)}\n")
+    print(f"weights: {weight_bytes() / 1e6:.3f} MB; {asdict(CONFIG)}\n")
     print("| program | axis | devices | exchanges | MB on a device |\n|---|---|---|---|---|")
     for program, axis in (*(("step", axis) for axis in MESH_AXES), ("rollout", "fsdp")):
         for row in table(axis, sizes, program):
