@@ -159,15 +159,16 @@ class Rollout:
         self, actor: Decoder, critic: Critic | None, prompt: Array, mask: Array, opened: Array, keys: Array
     ) -> tuple[Samples, Array]:
         """K sampled actions of each prompt and their critic scores [B, K] (0 without a critic)."""
-        prefix, start = prefix_forward(actor, self._config, prompt, mask, self._mesh), prompt[:, -1]
+        prefix, start = prefix_forward(actor, self._config, prompt, mask), prompt[:, -1]
         samples = sample(actor, self._config, self._sampling, prefix, start, self._stops, keys, opened)
         if critic is None:
             return samples, jnp.zeros(samples.tokens.shape[:2])
-        prefix = prefix_forward(critic.trunk, self._config, prompt, mask, self._mesh)
+        prefix = prefix_forward(critic.trunk, self._config, prompt, mask)
         first = jnp.broadcast_to(start[:, None, None], (*samples.tokens.shape[:2], 1))
         tokens = jnp.concatenate([first, samples.tokens], axis=2)
-        real = jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)
-        return samples, critic_scores(critic, self._config, prefix, tokens, real, self._mesh)
+        return samples, critic_scores(
+            critic, self._config, prefix, tokens, jnp.pad(samples.mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+        )
 
     def _shapes(self, name: str, b: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What the callback returns for b rows."""

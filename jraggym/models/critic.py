@@ -32,16 +32,13 @@ def critic_specs(config: DecoderConfig, *, likelihood: bool = False) -> Critic:
     return Critic(specs(config), head, Spec((), (), 0.0) if likelihood else None)
 
 
-def critic_scores(
-    weights: Critic, config: DecoderConfig, prefix: Prefix, tokens: Array, mask: Array, mesh: Mesh | None = None
-) -> Array:
+def critic_scores(weights: Critic, config: DecoderConfig, prefix: Prefix, tokens: Array, mask: Array) -> Array:
     """Scores [B, K] of branches.
 
-    Args: prefix from the critic's own trunk; tokens, mask [B, K, A], the first token being the prompt's last; mesh:
-      where the rows are kept apart.
+    Args: prefix from the critic's own trunk; tokens, mask [B, K, A], the first token being the prompt's last.
     """
-    hidden = branch_forward(weights.trunk, config, prefix, tokens, mask, mesh)
-    return scores_of_hidden(weights, config, hidden, tokens, mask, mesh)
+    hidden = branch_forward(weights.trunk, config, prefix, tokens, mask)
+    return scores_of_hidden(weights, config, hidden, tokens, mask)
 
 
 def scores_of_hidden(

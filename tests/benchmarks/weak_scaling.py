@@ -1,5 +1,4 @@
-"""Exchanges on 1, 2, 4 and 8 fake CPU devices with as many rows each, counted in the compiled programs: of one SFT step
-along every axis of the mesh, and of a rollout's prefill and one token along fsdp.
+"""Exchanges of one SFT step on 1, 2, 4 and 8 fake CPU devices with as many rows each, counted in the compiled program.
 
     python tests/benchmarks/weak_scaling.py
 
@@ -8,30 +7,25 @@ data      every device holds all weights: all gradients are exchanged, those of 
 fsdp      each holds a part: weights are gathered before use, by either pass and again for the gradients, which are
           added up; as many bytes on any number of devices
 tensor    each layer's partial products are added up; rows are not split, so that bytes grow with them
-
-A rollout gathers the weights for its prefill and again for every token.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.sharding import Mesh
-from jax.stages import Lowered
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configs.grpo_synthhop import EXPERIMENT
 from jraggym.models.decoder import DecoderConfig, specs
 from jraggym.planning.hlo import Collective, parse
-from jraggym.planning.programs import abstract_weights, empty_batch, programs, spread
+from jraggym.planning.programs import abstract_weights, empty_batch, spread
 from jraggym.sharding import MESH_AXES, make_mesh
 from jraggym.steps import Network, sft
 from jraggym.training import Optimization, Step, abstract_state
@@ -39,32 +33,21 @@ from jraggym.training import Optimization, Step, abstract_state
 CONFIG = DecoderConfig(vocab=256, model=64, layers=2, query_heads=8, kv_heads=8, head_dim=8, feed_forward=128)
 
 
-def exchanges(program: str, axis: str, devices: int, rows: int = 8) -> list[Collective]:
-    """Those of a program with `rows` rows for each device, on a mesh that is `devices` long in one axis."""
+def exchanges(axis: str, devices: int, rows: int = 8) -> list[Collective]:
+    """Those of a step with `rows` rows for each device, on a mesh that is `devices` long in one axis."""
     mesh = make_mesh(*(devices if name == axis else 1 for name in MESH_AXES))
-    compile_ = {"step": _step, "rollout": _rollout}[program]
-    return parse(compile_(mesh, rows * devices).compile().as_text(), devices).collectives
-
-
-def _step(mesh: Mesh, rows: int) -> Lowered:
     weights, optimizer = abstract_weights(specs(CONFIG), mesh), Optimization(10, matrix_rate=0.0).build()
-    batch = spread(empty_batch(rows, prompt=64, action=32, candidates=2), mesh)
+    batch = spread(empty_batch(rows * devices, prompt=64, action=32, candidates=2), mesh)
     step, state = Step(sft(Network(CONFIG, mesh=mesh)), optimizer), abstract_state(weights, optimizer)
-    return step.program(state).trace(state, batch, weights, 0).lower()
+    compiled = step.program(state).trace(state, batch, weights, 0).lower().compile()
+    return parse(compiled.as_text(), devices).collectives
 
 
-def _rollout(mesh: Mesh, rows: int) -> Lowered:
-    settings, schedule = EXPERIMENT.settings, replace(EXPERIMENT.schedule, rows=rows)
-    sized = replace(EXPERIMENT, settings=replace(settings, model=CONFIG, max_prompt=64), slots=rows, schedule=schedule)
-    planned = programs(sized, mesh)
-    return next(program for program in planned if program.name.startswith("rollout")).trace().lower()
-
-
-def table(axis: str, sizes: Sequence[int] = (1, 2, 4, 8), program: str = "step") -> list[dict[str, Any]]:
+def table(axis: str, sizes: Sequence[int] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
     """A row for each number of devices: how many exchanges, and their bytes on a device, by kind."""
     found = []
     for devices in sizes:
-        made = exchanges(program, axis, devices)
+        made = exchanges(axis, devices)
         kinds = sorted({c.kind for c in made})
         total = {kind: sum(c.times * c.bytes for c in made if c.kind == kind) for kind in kinds}
         count = {kind: sum(c.times for c in made if c.kind == kind) for kind in kinds}
@@ -81,13 +64,13 @@ def weight_bytes() -> int:
 def main(sizes: tuple[int, ...] = (1, 2, 4, 8)) -> None:
     """Prints the table; `sizes` are numbers of devices."""
     jax.config.update("jax_num_cpu_devices", max(sizes))
-    print(f"weights: {weight_bytes() / 1e6:.3f} MB; {asdict(CONFIG)}\n")
-    print("| program | axis | devices | exchanges | MB on a device |\n|---|---|---|---|---|")
-    for program, axis in (*(("step", axis) for axis in MESH_AXES), ("rollout", "fsdp")):
-        for row in table(axis, sizes, program):
+    print(f"weights: {weight_bytes() / 1e6:.3f} MB; {dataclasses.asdict(CONFIG)}\n")
+    print("| axis | devices | exchanges | MB on a device |\n|---|---|---|---|")
+    for axis in MESH_AXES:
+        for row in table(axis, sizes):
             counts = ", ".join(f"{n} {kind}" for kind, n in row["count"].items()) or "none"
             made = ", ".join(f"{size / 1e6:.3f} {kind}" for kind, size in row["bytes"].items()) or "0"
-            print(f"| {program} | {axis} | {row['devices']} | {counts} | {made} |")
+            print(f"| {axis} | {row['devices']} | {counts} | {made} |")
 
 
 if __name__ == "__main__":
