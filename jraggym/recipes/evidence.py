@@ -150,14 +150,21 @@ def by_oracle(examples: Sequence[Example], lookup: Lookup, settings: EvidenceSet
         for example, state, proposals in zip(examples, states, offered, strict=True):
             hits = [unread(state, next(found))[: settings.budget.share] for _ in proposals]
             missing = set(example.support) - read_ids(state)
-            brings, order = [missing & {document.id for document in documents} for documents in hits], []
-            for _ in range(min(settings.together, len(proposals))):
-                order.append(max(set(range(len(proposals))) - set(order), key=lambda i: (len(brings[i]), -i)))
-                brings = [more - brings[order[-1]] for more in brings]
-            orders.append(order)
+            brings = [missing & {document.id for document in documents} for documents in hits]
+            orders.append(_greedy(brings, settings.together))
         return orders
 
     return choose
+
+
+def _greedy(brings: Sequence[set[str]], number: int) -> list[int]:
+    """Up to `number` of them, each the one that adds most to those before; ties go to the first."""
+    order: list[int] = []
+    while len(order) < min(number, len(brings)):
+        known = {one for i in order for one in brings[i]}
+        left = [i for i in range(len(brings)) if i not in order]
+        order.append(max(left, key=lambda i: len(brings[i] - known)))
+    return order
 
 
 def recall(questions: QuestionSet, lookup: Lookup, choose: Choose, settings: EvidenceSettings) -> np.ndarray:
