@@ -3,7 +3,7 @@ and F1 or 0.1 as reward behind the format gate. Rates and sizes are those of a t
 since its tokenizer has no end token.
 
 command   python -m train.transcripts research-rl --model runs/research-rl-start/model --out runs/research-rl
-hardware  two CPU cores, ten to twenty minutes
+hardware  two CPU cores, about ten minutes; 14 to 25 beside two other jobs
 expected  EM of .79 to .80 on 400 test questions from .47 to .50 at the start, three seeds; searches where 1, 2, 3 are
           needed go from 1.0, 1.6, 1.9 to 1.2, 2.1, 2.9
 """
