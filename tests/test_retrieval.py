@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import Primitive
+from threadpoolctl import threadpool_limits
 
 from eval.retrieval import agreement, recall
 from jraggym.errors import InputError, exit_on_input_error
@@ -207,6 +208,16 @@ def test_tfidf_equals_the_sklearn_pipeline():
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
 
 
+def test_tfidf_is_the_same_for_any_number_of_threads():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"W{int(w)}" for w in rng.zipf(1.2, size=60) if w < 5_000) for _ in range(3_000)]
+    tables = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            tables.append(np.asarray(TfidfEncoder.fit(texts, dim=64).query.params))
+    np.testing.assert_array_equal(*tables)
+
+
 def test_tfidf_tokenizes_to_a_static_shape_and_drops_unknown_words():
     tower = TfidfEncoder.fit(TEXTS, dim=100).query
     assert tower.dim == len(TEXTS)  # no more directions than texts
@@ -263,6 +274,16 @@ def test_tree_agrees_with_exact_search():
     assert agreement(corpus, queries, 32) >= 0.98
     index = DenseIndex(corpus)
     np.testing.assert_array_equal(index.search(queries[5:6], 32), index.search(queries, 32)[5:6])
+
+
+@pytest.mark.parametrize("n", [2_000, 10_000])  # an exact search, and a tree
+def test_what_a_query_finds_does_not_depend_on_the_others(n):
+    index, queries = DenseIndex(clustered(n, 64)), clustered(1_500, 64, seed=1)
+    positions, distances = index.nearest(queries, 32)
+    for size in (1, 7):
+        parts = [index.nearest(queries[at : at + size], 32) for at in range(0, len(queries), size)]
+        for whole, part in zip((positions, distances), zip(*parts, strict=True), strict=True):
+            np.testing.assert_array_equal(whole, np.concatenate(part))
 
 
 def test_every_process_builds_the_same_tree(tmp_path):

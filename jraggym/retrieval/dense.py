@@ -90,15 +90,22 @@ class DenseIndex:
         return found, far
 
     def _candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 [Q, count], -1 where ScaNN could not fill a place, and their distances by codes."""
-        positions, distances = [], []
-        for start, tree in self._trees:
-            found, scores = tree.search_batched(queries, final_num_neighbors=min(count, tree.size()))
-            there = np.isfinite(scores)
-            positions.append(np.where(there, found.astype(np.int64) + start, -1))
-            distances.append(np.where(there, scores if self._euclidean else -scores, np.inf))
-        every, scored = np.concatenate(positions, axis=1), np.concatenate(distances, axis=1)
-        if every.shape[1] > count:
+        """Positions int64 [Q, count], -1 where ScaNN could not fill a place, and their distances by codes.
+
+        A query at a time, which is as fast: what ScaNN finds for a batch depends on all of its queries.
+        """
+        width = sum(min(count, tree.size()) for _, tree in self._trees)
+        every = np.full((len(queries), width), -1, np.int64)
+        scored = np.full((len(queries), width), np.inf, np.float32)
+        for row, query in enumerate(queries):
+            filled = 0
+            for start, tree in self._trees:
+                found, scores = tree.search(query, final_num_neighbors=min(count, tree.size()))
+                here = slice(filled, filled := filled + len(found))
+                every[row, here], scored[row, here] = found.astype(np.int64) + start, scores
+        if not self._euclidean:
+            scored = np.where(every < 0, np.inf, -scored)
+        if width > count:
             best = np.argpartition(scored, count - 1, axis=1)[:, :count]
             every, scored = np.take_along_axis(every, best, axis=1), np.take_along_axis(scored, best, axis=1)
         return every, scored

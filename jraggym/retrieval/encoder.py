@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 
 from jraggym.errors import InputError
 from jraggym.retrieval.corpus import words, written
@@ -198,7 +199,8 @@ class TfidfEncoder:
             )
         tfidf = TfidfVectorizer(analyzer=words, dtype=np.float32)
         counts = tfidf.fit_transform(texts)
-        svd = TruncatedSVD(min(dim, *counts.shape), random_state=seed).fit(counts)
+        with threadpool_limits(1, user_api="blas"):  # the last digits depend on the number of threads
+            svd = TruncatedSVD(min(dim, *counts.shape), random_state=seed).fit(counts)
         table = np.zeros((counts.shape[1] + 1, svd.components_.shape[0]), np.float32)
         table[1:] = tfidf.idf_[:, None] * svd.components_.T
         vocabulary = {word: int(column) + 1 for word, column in tfidf.vocabulary_.items()}
