@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     notes: tuple[str, ...] = ()
     source: RewardSource
     if name == "support":
-        source, (retriever, notes) = _support(examples), _searches(qa)
+        source, (retriever, notes) = support_of(examples.values()), _searches(qa)
         decide = functools.partial(decide, retriever=retriever)
     else:
         source = worldless_source(name, records, experiment.how, experiment.seed, folder, decide)
@@ -72,8 +72,9 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     return {**found_labels(build_dataset(folder / "dataset", labelled), folder, name), "notes": list(notes)}
 
 
-def _support(examples: dict[str, Example]) -> RewardSource:
-    if bare := [example.id for example in examples.values() if not example.support]:
+def support_of(examples: Collection[Example]) -> RewardSource:
+    """The rule-based judge for these questions; raises InputError for one without supporting documents."""
+    if bare := [example.id for example in examples if not example.support]:
         got = f"{len(bare)} of {len(examples)} questions without any, such as {bare[0]!r}"
         raise InputError("these labels need supporting documents", got=got, remedy="Use --rewards llm or outcome.")
     return support_source()

@@ -21,6 +21,7 @@ from jraggym.data.synthhop import make_world
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
 from jraggym.evaluation import answer_scores
+from jraggym.labelling import RewardSource
 from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.retrieval.base import QueryRetriever
 from jraggym.retrieval.corpus import Corpus
@@ -96,14 +97,17 @@ def evaluated(out: Path) -> Qa:
         raise InputError(f"{out} holds no evaluation", got=error, remedy="Name a folder of eval.qa.") from error
 
 
-def check(qa: Qa) -> None:
-    """Raises InputError for an unknown agent, and for a critic that picks nothing or is asked for and not named."""
+def check(qa: Qa, rewarded: bool = False) -> None:
+    """Raises InputError for an unknown agent, and for a critic that picks nothing or is asked for and not named.
+
+    Rewards may pick where candidates are `rewarded`, which in an evaluation they are not.
+    """
     if qa.agent not in AGENTS:
         raise InputError("unknown agent", got=repr(qa.agent), remedy=f"Use one of {', '.join(AGENTS)}.")
     if (qa.critic is not None) != (qa.rules.select == "score"):
         got = f"critic {qa.critic} and rules.select {qa.rules.select!r}"
         raise InputError("a critic picks by score, and only a critic", got=got, remedy="Give both, or neither.")
-    if qa.rules.select == "reward":
+    if qa.rules.select == "reward" and not rewarded:
         raise InputError("an evaluation sees no reward", got="rules.select 'reward'", remedy="Use score or first.")
 
 
@@ -166,14 +170,16 @@ def run(
     *,
     scorer: Scorer | None = None,
     summariser: ChatModel | None = None,
+    source: RewardSource | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Asks what `qa.out` does not answer yet, and gives the results over all questions.
 
     An evaluation that was killed and is called again ends with the same results, and asks for no finished episode. Of
-    the digests the same holds. `report` gets the number of finished episodes and of all.
+    the digests the same holds. With a `source` all candidates are rewarded. `report` gets the number of finished
+    episodes and of all.
     """
-    check(qa)
+    check(qa, source is not None)
     log, examples = EpisodeLog(qa.out / "episodes.jsonl"), questions.examples
     found = log.resume(examples)
     left = [example for example in examples if example.id not in found]
@@ -186,6 +192,7 @@ def run(
         qa.rules,
         summariser=Summariser(summariser or chat, qa.summariser or qa.chat.model, path=qa.out / "digests.jsonl"),
         scorer=scorer,
+        source=source,
         report=None if report is None else lambda done: report(before + done, len(examples)),
         done=lambda number, episode: log.add(left[number], episode),
     )
