@@ -64,14 +64,23 @@ def test_what_a_state_proposes():
     start = State(QUESTION)
     assert propose(start, 3) == (
         Proposal(QUESTION, "the question itself"),
-        Proposal(f"Human Flow Human Flow {QUESTION}", "Human Flow | question"),
+        Proposal(f"Human Flow Human Flow {QUESTION}", "Human Flow | question 1"),
     )
     after = State(QUESTION, (Turn(Search(QUESTION), (FLOW,)),))
     assert propose(after, 3) == (  # the film has been read, and the question asked
-        Proposal(f"German German {QUESTION}", "German | Human Flow: Flow is a German film directed by"),
-        Proposal(f"Ai Weiwei Ai Weiwei {QUESTION}", "Ai Weiwei | Human Flow: film directed by Ai Weiwei in 2017."),
+        Proposal(f"German German {QUESTION}", "German | 1.2 x1 Human Flow: Flow is a German film directed by"),
+        Proposal(
+            f"Ai Weiwei Ai Weiwei {QUESTION}", "Ai Weiwei | 1.3 x1 Human Flow: film directed by Ai Weiwei in 2017."
+        ),
         Proposal(QUESTION, "more for the question"),
     )
+
+
+def test_a_proposal_tells_the_first_place_of_its_name_and_how_many_documents_hold_it():
+    state = State(QUESTION, (Turn(Search("a"), (FLOW, GERMANY)), Turn(Search("b"), (WEIWEI,))))
+    state = dataclasses.replace(state, turns=(*state.turns, Turn(Search("c"), (Document("x", "X", "Beijing, Port"),))))
+    whys = [proposal.why.split(" | ")[1].split(" ")[:2] for proposal in propose(state)[1:]]
+    assert whys == [["3.2", "x2"], ["4.2", "x1"]]  # Beijing and Port; the others have their documents read
 
 
 def test_rewards_are_the_share_of_what_is_missing():

@@ -5,16 +5,18 @@
 
     query                                  why, which is what a critic reads beside the question
     (the question)                         the question itself
-    Human Flow Human Flow When did ...     Human Flow | question
-    Ai Weiwei Ai Weiwei When did ...       Ai Weiwei | Human Flow: German documentary film directed by Ai Weiwei ...
+    Human Flow Human Flow When did ...     Human Flow | question 1
+    Ai Weiwei Ai Weiwei When did ...       Ai Weiwei | 1.2 x1 Human Flow: German documentary film directed by Ai ...
     (the question)                         more for the question, once it has been asked
 
 A name comes twice in its query, so that BM25 weighs it above the words of the question, which say what is asked of it.
+"1.2 x1" is its place, the second name of the first document read, and the number of documents read that hold it.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,25 +68,30 @@ def propose(state: State, around: int = 8) -> tuple[Proposal, ...]:
     known = {normalize_answer(document.title) for document in read}
     first, again = Proposal(state.question, "the question itself"), Proposal(state.question, "more for the question")
     found = {} if state.question in asked else {"": first}
-    for name, where in _named(state.question, read, around):
-        key = normalize_answer(name)
+    for key, name, where in _named(state.question, read, around):
         if key not in known and key not in found:
             found[key] = Proposal(f"{name} {name} {state.question}", f"{name} | {where}")
     new = tuple(proposal for proposal in found.values() if proposal.query not in asked)
     return (*new, again) if state.question in asked else new
 
 
-def _named(question: str, read: list[Document], around: int) -> Iterator[tuple[str, str]]:
-    """Each name, and where it stands."""
-    yield from ((name, "question") for name in names(question))
-    for document in read:
-        yield from _mentions(document, around)
+def _named(question: str, read: list[Document], around: int) -> Iterator[tuple[str, str, str]]:
+    """Each mention of a name: what stands for all spellings, the name, and where it stands."""
+    holding = Counter(key for document in read for key in {key for key, *_ in _mentions(document, around)})
+    for place, name in enumerate(names(question), 1):
+        yield normalize_answer(name), name, f"question {place}"
+    for number, document in enumerate(read, 1):
+        for place, (key, name, where) in enumerate(_mentions(document, around), 1):
+            yield key, name, f"{number}.{place} x{holding[key]} {where}"
 
 
 @lru_cache(maxsize=1 << 16)
-def _mentions(document: Document, around: int) -> tuple[tuple[str, str], ...]:
+def _mentions(document: Document, around: int) -> tuple[tuple[str, str, str], ...]:
     """The names in a document, each with the document's title and the words around its first mention."""
-    return tuple((name, f"{document.title}: {_around(document.text, name, around)}") for name in names(document.text))
+    return tuple(
+        (normalize_answer(name), name, f"{document.title}: {_around(document.text, name, around)}")
+        for name in names(document.text)
+    )
 
 
 def _around(text: str, name: str, words: int) -> str:

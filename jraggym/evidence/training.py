@@ -66,15 +66,15 @@ def collect_choices(
 ) -> list[Choice]:
     """Labels all proposals of the states that episodes visit, `rounds` episodes of each question.
 
-    An episode carries out random proposals, and with probability `good` a good one first, so that the critic sees
-    good states and states gone astray. Kept are the states that have both good and useless proposals. Raises
-    InputError when there is no such state.
+    An episode carries out random proposals, in every second round the first ones, and with probability `good` a good
+    one before them, so that the critic sees good states and states gone astray. Kept are the states that have both good
+    and useless proposals. Raises InputError when there is no such state.
     """
     choices: list[Choice] = []
     for number in range(rounds):
-        rng = random.Random(f"{seed}/{number}")
+        rng, in_order = random.Random(f"{seed}/{number}"), number % 2 == 1
 
-        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng) -> list[list[int]]:
+        def choose(states: Sequence[State], offered: Sequence[Sequence[Proposal]], rng=rng, in_order=in_order):
             queries = [proposal.query for proposals in offered for proposal in proposals]
             found = iter(lookup(queries, budget.read))
             orders = []
@@ -85,7 +85,9 @@ def collect_choices(
                 if not complete(state, example) and 0 < len(useful) < len(rewards):
                     whys = tuple(proposal.why for proposal in proposals)
                     choices.append(Choice(state.question, whys, tuple(rewards), len(state.turns)))
-                order = rng.sample(range(len(proposals)), len(proposals))
+                order = list(range(len(proposals)))
+                if not in_order:
+                    rng.shuffle(order)
                 if useful and rng.random() < good:
                     order.insert(0, order.pop(order.index(rng.choice(useful))))
                 orders.append(order)

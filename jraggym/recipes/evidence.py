@@ -38,10 +38,10 @@ class EvidenceSettings:
     documents: int = 5  # of a search, none of them read before
     together: int = 5  # proposals that a search carries out, whose documents are read in turn
     depth: int = 100  # candidates of either ranking before they are fused
-    rounds: int = 2  # simulated episodes of each training question
+    rounds: int = 4  # simulated episodes of each training question
     states: int = 8  # of a batch
     contrasts: int = 8  # proposals of a state in a batch
-    epochs: float = 2.0
+    epochs: float = 1.0
     limit: int = 64  # tokens of (question, why)
     around: int = 6  # words on either side of a name that the critic reads
     frozen: int = 3  # of the trunk's layers: these do not learn, nor do the embeddings
