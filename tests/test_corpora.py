@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -219,7 +220,8 @@ def command(*words):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command_is_killed_goes_on_and_its_file_is_what_evaluations_search(tmp_path):
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_the_command_is_killed_goes_on_and_its_file_is_what_evaluations_search(tmp_path, end, code):
     source, path = dump(tmp_path / "wiki.jsonl", map(article, range(2_500))), tmp_path / "corpora" / "wiki.jsonl"
     whole = write_chunks([source], tmp_path / "whole.jsonl", words=12, overlap=6)
     path.parent.mkdir()
@@ -227,7 +229,8 @@ def test_the_command_is_killed_goes_on_and_its_file_is_what_evaluations_search(t
     with subprocess.Popen([sys.executable, "-m", "train.chunk", *map(str, arguments)], cwd=ROOT) as child:
         while not any(part.stat().st_size for part in path.parent.glob("*.part")) and child.poll() is None:
             time.sleep(0.01)
-        child.kill()
+        child.send_signal(end)
+        assert child.wait(60) == code
     done = command(*arguments)
     assert (done.returncode, done.stdout) == (0, f"{path}\n"), done.stderr
     assert path.read_bytes() == whole.read_bytes()

@@ -1,7 +1,8 @@
 """From dumps to a corpus to search: python -m train.chunk wiki-00.jsonl wiki-01.jsonl --out corpora/wiki.jsonl
 
 A line of a dump is {"title": "...", "text": "..."}, perhaps with an id; see jraggym/data/corpora.py. A killed command
-that is given again goes on where it was. `python -m eval.qa ... --corpus corpora/wiki.jsonl` searches what it writes.
+that is given again goes on where it was; on SIGTERM it ends at its next commit with exit code 75.
+`python -m eval.qa ... --corpus corpora/wiki.jsonl` searches what it writes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from jraggym.data.corpora import write_chunks
 from jraggym.errors import exit_on_input_error
+from jraggym.preemption import preemptible
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Arguments:
 
 
 def main() -> None:
-    with exit_on_input_error():
+    with exit_on_input_error(), preemptible():
         arguments = tyro.cli(Arguments, description=__doc__)
         with tqdm(desc=str(arguments.out), unit=" lines of a dump", file=sys.stderr) as bar:
             path = write_chunks(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jraggym.errors import InputError
+from jraggym.preemption import stop_if_asked
 from jraggym.retrieval.corpus import json_line
 from jraggym.whole import write_whole
 
@@ -170,6 +171,7 @@ class _Writer:
         self._database.commit()
         if self._progress is not None and line:
             self._progress(line)
+        stop_if_asked()
 
 
 def _document(path: Path, line: int, content: bytes) -> tuple[str, str, str]:
