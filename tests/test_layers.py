@@ -175,6 +175,7 @@ SIBLINGS = [
     ("jraggym.recipes.*", "jraggym.recipes.settings"),
     ("jraggym.recipes.*", "jraggym.recipes.bench"),
     ("jraggym.recipes.agent_labels", "jraggym.recipes.*"),
+    ("jraggym.recipes.agent_collecting", "jraggym.recipes.*"),
     ("jraggym.recipes.rows", "jraggym.recipes.quickstart"),
     ("jraggym.recipes.scaling", "jraggym.recipes.*"),
     ("jraggym.recipes.whole_episodes", "jraggym.recipes.*"),

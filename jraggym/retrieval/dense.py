@@ -79,18 +79,13 @@ class DenseIndex:
         rows = np.flatnonzero(queries.any(axis=1))
         if len(rows):
             depth = min(k, n)
-            exact = n < TREE_FROM
-            positions, distances = self._candidates(
-                queries[rows], depth if exact else min(max(REORDER * depth, LEAST_REORDER), n)
-            )
-            if not exact:
-                distances = self._distances(queries[rows], positions)
-            positions, distances = _ordered(positions, distances)
+            positions = self._candidates(queries[rows], min(max(REORDER * depth, LEAST_REORDER), n))
+            positions, distances = _ordered(positions, self._distances(queries[rows], positions))
             found[rows, :depth], far[rows, :depth] = positions[:, :depth], distances[:, :depth]
         return found, far
 
-    def _candidates(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 [Q, count], -1 where ScaNN could not fill a place, and their distances by codes.
+    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Positions int64 [Q, count] of who may be the best, -1 where ScaNN could not fill a place.
 
         A query at a time, which is as fast: what ScaNN finds for a batch depends on all of its queries.
         """
@@ -103,19 +98,20 @@ class DenseIndex:
                 found, scores = tree.search(query, final_num_neighbors=min(count, tree.size()))
                 here = slice(filled, filled := filled + len(found))
                 every[row, here], scored[row, here] = found.astype(np.int64) + start, scores
-        if not self._euclidean:
-            scored = np.where(every < 0, np.inf, -scored)
-        if width > count:
-            best = np.argpartition(scored, count - 1, axis=1)[:, :count]
-            every, scored = np.take_along_axis(every, best, axis=1), np.take_along_axis(scored, best, axis=1)
-        return every, scored
+        if width == count:
+            return every
+        scored = np.where(every < 0, np.inf, scored if self._euclidean else -scored)
+        return np.take_along_axis(every, np.argpartition(scored, count - 1, axis=1)[:, :count], axis=1)
 
     def _distances(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Exact distances f32 [Q, C] of the candidates, a query at a time."""
+        """Exact distances f32 [Q, C] of the candidates, a query at a time; the same for equal vectors."""
         distances = np.full(positions.shape, np.inf, np.float32)
         for row, query, at in zip(distances, queries, positions, strict=True):
             candidates = self._vectors[at] if self._file is None else self._file.rows(at)  # [C, D]
-            row[:] = np.square(candidates - query).sum(axis=1) if self._euclidean else -(candidates @ query)
+            if self._euclidean:
+                row[:] = np.square(candidates - query).sum(axis=1)
+            else:  # not `@`: a row of a matrix product is rounded by its place in the matrix
+                row[:] = -np.einsum("cd,d->c", candidates, query)
         distances[positions < 0] = np.inf
         return distances
 
