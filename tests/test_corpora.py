@@ -222,7 +222,7 @@ def command(*words):
 
 @pytest.mark.parametrize(("end", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
 def test_the_command_is_killed_goes_on_and_its_file_is_what_evaluations_search(tmp_path, end, code):
-    source, path = dump(tmp_path / "wiki.jsonl", map(article, range(2_500))), tmp_path / "corpora" / "wiki.jsonl"
+    source, path = dump(tmp_path / "wiki.jsonl", map(article, range(8_000))), tmp_path / "corpora" / "wiki.jsonl"
     whole = write_chunks([source], tmp_path / "whole.jsonl", words=12, overlap=6)
     path.parent.mkdir()
     arguments = [source, "--out", path, "--words", 12, "--overlap", 6]

@@ -181,6 +181,21 @@ def test_choices_hold_good_and_useless_proposals():
     assert choices_from_json(plain) == choices
 
 
+def test_every_second_round_carries_out_the_first_proposals():
+    asked = []
+
+    def counted(queries, k):
+        asked.append(list(queries))
+        return lookup(queries, k)
+
+    collect_choices([EXAMPLE], counted, BUDGET, rounds=6, good=0.0)
+    first = [carried == offered[:1] for offered, carried in zip(asked[::2], asked[1::2], strict=True)]
+    rounds = [all(first[i : i + BUDGET.searches]) for i in range(0, len(first), BUDGET.searches)]
+    assert len(rounds) == 6
+    assert all(rounds[1::2])
+    assert not all(rounds[::2])
+
+
 def test_shuffled_rewards_are_the_same_ones():
     choice = Choice("q", tuple("abcdefgh"), (1.0, 0.5, 0, 0, 0, 0, 0, 0), 1)
     dealt = shuffled([choice] * 20, 0)

@@ -30,7 +30,7 @@ class DenseIndex:
     """Ranks n vectors by their similarity to a query: exact below `TREE_FROM`, else trees and hashing."""
 
     def __init__(self, vectors: np.ndarray, similarity: str = "dot"):
-        """Indexes f32 [n, D], which from `TREE_FROM` on must stay as they are: candidates are compared by them.
+        """Indexes f32 [n, D], which must stay as they are: candidates are compared by them.
 
         Args:
           similarity: "dot", the same as "cosine" for vectors of unit length, or "euclidean".
@@ -87,7 +87,8 @@ class DenseIndex:
     def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Positions int64 [Q, count] of who may be the best, -1 where ScaNN could not fill a place.
 
-        A query at a time, which is as fast: what ScaNN finds for a batch depends on all of its queries.
+        A query at a time: what ScaNN finds for a batch depends on all of its queries. With trees that is as fast;
+        an exact search of 9,999 vectors of 384 numbers takes .7 ms, not .14.
         """
         width = sum(min(count, tree.size()) for _, tree in self._trees)
         every = np.full((len(queries), width), -1, np.int64)

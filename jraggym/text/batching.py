@@ -243,8 +243,7 @@ class Batches:
         if not rows:
             raise InputError("there is no row to train on", got="0 rows", remedy="Give at least one.")
         self._rows, self._shapes, self._seed = rows, shapes, seed
-        self._short_first = short_first
-        self._candidates, self._pad = candidates, pad
+        self._short_first, self._candidates, self._pad = short_first, candidates, pad
         self._members: list[list[int]] = [[] for _ in shapes]
         for i, row in enumerate(rows):
             self._members[self._fit(row.sizes)].append(i)
