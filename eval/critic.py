@@ -60,7 +60,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model, console = open_model(arguments.model, "critic"), Console()
     records = list(open_dataset(arguments.data))
     if arguments.questions == "held-out":
-        records = held_out(records)[1]
+        records = list(held_out(records)[1])
     with console.stage("scores"):
         scored = score_records(
             model,

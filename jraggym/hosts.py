@@ -3,7 +3,8 @@
     with connect(Hosts("10.0.0.2:8475", number=4, process=1)):
         ...                                  # before anything else touches a device
 
-Every process runs the same program on the same data; each reads, retrieves for and computes its own rows.
+Every process runs the same program on the same data; each reads, retrieves for and computes its own rows. What
+has to be known of all records before (which of them give a row), each finds out for its own share of them.
 """
 
 from __future__ import annotations
@@ -136,6 +137,14 @@ def lead_first(make: Callable[[], Any]) -> Any:
 def joined(own: Mapping[int, Any]) -> dict[int, Any]:
     """The numbered results of all processes, each of which had some of the work."""
     return {number: one for part in share(dict(own)) for number, one in part.items()}
+
+
+def surveyed(count: int, look: Callable[[int], Any]) -> list[Any]:
+    """What `look` gives for each of `count` items, in their order; every process looks at its own share alone."""
+    several = jax.distributed.is_initialized()
+    number, me = (jax.process_count(), jax.process_index()) if several else (1, 0)
+    own = range(count * me // number, count * (me + 1) // number)
+    return [one for part in share([look(i) for i in own]) for one in part]
 
 
 def fetch(tree: Any) -> Any:

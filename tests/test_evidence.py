@@ -140,6 +140,22 @@ def test_a_search_carries_out_several_proposals_together():
     assert [Budget(documents=5, together=n).share for n in (1, 2, 3, 5, 9)] == [5, 3, 2, 1, 1]
 
 
+def test_an_episode_that_has_ended_asks_nothing_more():
+    asked, other = [], dataclasses.replace(EXAMPLE, id="2", support=("flow", "nowhere"))
+
+    def counted(queries, k):
+        asked.append(len(queries))
+        return lookup(queries, k)
+
+    budget, examples = Budget(searches=3, documents=2, together=2, around=3), [EXAMPLE, other]
+    whole = search_evidence(examples, counted, the_first, budget)
+    ended = search_evidence(examples, counted, the_first, budget, until=complete)
+    assert asked[3:] == [4, 4, asked[2] // 2], "the first question's evidence is complete after two searches"
+    assert ended[0].turns == whole[0].turns[:4]
+    assert ended[1] == whole[1]
+    assert [complete(*pair) for pair in zip(ended, examples, strict=True)] == [True, False]
+
+
 def test_the_oracle_does_not_take_two_proposals_for_the_same_evidence():
     found = {"film": (FLOW,), "the film": (FLOW,), "useless": (GERMANY,), "artist": (WEIWEI,)}
     offered = [tuple(Proposal(query, query) for query in found)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from host_jobs import MESHES, improve, prefer, preference_rows, search_sharded
+from host_jobs import MESHES, improve, prefer, preference_rows, search_sharded, stored, stored_records
 
 from jraggym.data.process import batches
 from jraggym.errors import LOST, InputError
@@ -93,6 +93,7 @@ def same(ours, theirs, atol=1e-5):
 def test_several_hosts_compute_what_one_computes(tmp_path, number):
     mesh = make_mesh(*MESHES[2 * number])
     whole = prefer(mesh, tmp_path / "one")
+    stored_records(tmp_path / "several")
     shutil.copytree(tmp_path / "one" / "2", tmp_path / "several" / "resumed" / "2")
     codes = [(code, error) for code, _, error in run("equal", tmp_path / "several", number)]
     assert [code for code, _ in codes] == [0] * number, codes
@@ -110,6 +111,12 @@ def test_several_hosts_compute_what_one_computes(tmp_path, number):
         ours, theirs = policy["work"], found["policy"]["work"]
         assert (theirs.sum(axis=0) == ours[0]).all(), "each search and each label is made once, on one host"
         assert (theirs > 0).all(), "every host retrieves for its own episodes"
+        trained = stored(mesh, tmp_path / "several", tmp_path / "one")
+        same(trained, found["stored"])
+        surveyed, read = (found["stored"]["work"][:, i] for i in range(2))
+        assert surveyed.any(axis=0).all()
+        assert (surveyed.sum(axis=1) <= 30 / 2 + 3).all(), "shares of the rows begin at other records than of the whole"
+        assert (read.sum(axis=1) <= 2 * 8 / 2).all(), "two steps of eight rows, half of them on each host"
 
 
 def test_what_processes_tell_one_another(tmp_path):
@@ -336,8 +343,8 @@ def test_an_address_that_is_taken_is_refused():
 
 def test_the_parts_of_a_batch_are_the_batch():
     rows = preference_rows()
-    rows[3] = replace(rows[3], step_rewards=[[1.0] * len(ids) for ids in rows[3].actions])
-    dealt = Batches(rows, [Bucket(8, 8, 5)], candidates=3, seed=0)
+    some = [replace(rows[3], step_rewards=[[1.0] * len(ids) for ids in rows[3].actions])]
+    dealt = Batches([*rows[:3], *some, *rows[4:]], [Bucket(8, 8, 5)], candidates=3, seed=0)
     streamed = batches(rows, batch_size=8, seed=0, to_batch=partial(collate, prompt=8, action=5, candidates=3))
     for source in (dealt, streamed):
         for step in range(6):

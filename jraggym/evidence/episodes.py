@@ -17,6 +17,7 @@ Lookup = Callable[[Sequence[str], int], Sequence[Sequence[Document]]]  # queries
 Proposals = Sequence[Proposal]
 # The numbers of each state's proposals, best first; the states are those of all examples, in their order
 Choose = Callable[[Sequence[State], Sequence[Proposals]], Sequence[Sequence[int]]]
+Until = Callable[[State, Example], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,18 @@ class Budget:
         return -(-self.documents // self.together)
 
 
-def search_evidence(examples: Sequence[Example], lookup: Lookup, choose: Choose, budget: Budget) -> list[State]:
-    """The state of each question after all its searches; a search is a turn for each proposal that it carries out."""
+def search_evidence(
+    examples: Sequence[Example], lookup: Lookup, choose: Choose, budget: Budget, until: Until | None = None
+) -> list[State]:
+    """The state of each question after all its searches; a search is a turn for each proposal that it carries out.
+
+    A state for which `until` holds is offered no proposals any more, and stays as it is.
+    """
     states = [State(example.question) for example in examples]
     for _ in range(budget.searches):
         stop_if_asked()
-        offered = [propose(state, budget.around) for state in states]
+        ended = [until is not None and until(state, example) for state, example in zip(states, examples, strict=True)]
+        offered = [() if end else propose(state, budget.around) for state, end in zip(states, ended, strict=True)]
         orders = choose(states, offered)
         queries = [
             [proposals[number].query for number in order[: budget.together]]

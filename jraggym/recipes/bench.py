@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 
 from jraggym.checkpoint import Checkpointer
+from jraggym.data.lazy import Items, Lazy
 from jraggym.data.process import ProcessRecord
 from jraggym.errors import InputError
+from jraggym.hosts import surveyed
 from jraggym.models.decoder import DecoderConfig
 from jraggym.recipes.settings import Settings
 from jraggym.text.batching import Codec, Row
@@ -22,6 +26,7 @@ from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Run, fit
 from jraggym.types import Candidate
 
+KEPT = 1 << 16  # rows of stored records that are not read again
 Progress = Callable[[str, int, int, Mapping[str, Any] | None], None]  # (stage, done, total, metrics)
 
 
@@ -67,10 +72,24 @@ def usable(shop: Bench, record: ProcessRecord) -> list[Candidate]:
     return [c for c, i in zip(record.candidates, ids, strict=True) if 0 < len(i) <= shop.settings.max_action]
 
 
-def left_out(shop: Bench, records: Iterable[ProcessRecord]) -> dict[str, Any]:
+def stored_rows(records: Items[ProcessRecord], make: Callable[[ProcessRecord], Row | None]) -> Items[Row]:
+    """The rows that records give, without those that give None; each is read and tokenised when it is asked for.
+
+    Which records give a row the processes of a job find out together, each for its own share of the records.
+    """
+    made = functools.lru_cache(maxsize=KEPT)(lambda i: make(records[i]))
+    useful = [i for i, some in enumerate(surveyed(len(records), lambda i: made(i) is not None)) if some]
+    return Lazy(len(useful), lambda i: cast(Row, made(useful[i])))
+
+
+def left_out(shop: Bench, records: Items[ProcessRecord]) -> dict[str, Any]:
     """For a job's results: how many candidates do not fit `max_action`, where there is any."""
-    records = list(records)
-    total, kept = sum(len(r.candidates) for r in records), sum(len(usable(shop, r)) for r in records)
+
+    def look(i: int) -> tuple[int, int]:
+        record = records[i]
+        return len(record.candidates), len(usable(shop, record))
+
+    total, kept = np.sum([(0, 0), *surveyed(len(records), look)], axis=0).tolist()
     why = f"of {total}; they have no token, or more than --settings.max-action {shop.settings.max_action}"
     return {"candidates_left_out": f"{total - kept} {why}"} if kept < total else {}
 

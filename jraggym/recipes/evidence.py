@@ -168,8 +168,11 @@ def _greedy(brings: Sequence[set[str]], number: int) -> list[int]:
 
 
 def recall(questions: QuestionSet, lookup: Lookup, choose: Choose, settings: EvidenceSettings) -> np.ndarray:
-    """1 for each question whose evidence was read whole, else 0: f64 [questions]."""
-    states = search_evidence(questions.examples, lookup, choose, settings.budget)
+    """1 for each question whose evidence was read whole, else 0: f64 [questions].
+
+    An episode ends once it is: more documents would change nothing, and most of the time would go into scoring them.
+    """
+    states = search_evidence(questions.examples, lookup, choose, settings.budget, until=complete)
     return np.array([float(complete(s, e)) for s, e in zip(states, questions.examples, strict=True)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import jax
 from jraggym import steps
 from jraggym.chats.connection import Server
 from jraggym.chats.opening import ChatSpec, open_chat
+from jraggym.data.lazy import Items
 from jraggym.data.process import ChunkStore, ProcessRecord, ProcessSource, build_dataset, open_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
@@ -21,7 +22,7 @@ from jraggym.labelling import RewardSource
 from jraggym.model_folder import Model
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, init
-from jraggym.recipes.bench import Bench, record_row, usable
+from jraggym.recipes.bench import Bench, record_row, stored_rows, usable
 from jraggym.recipes.experiment import Experiment, Log
 from jraggym.recipes.quickstart import Workshop, shuffled
 from jraggym.rollout import Policy, Rollout
@@ -181,12 +182,12 @@ def _folder(shop: Workshop, name: str) -> Path:
     return shop.out / "labels" / name
 
 
-def judged(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
+def judged(shop: Bench, records: Items[ProcessRecord]) -> Items[Row]:
     """Every state with a labelled candidate, with its distinct labelled candidates, at most `contrasts` of them.
 
     Unlabelled candidates are left out, and no label is read as good or bad: any source's rewards will do.
     """
-    rows = [row for record in records if (row := _row(shop, record)) is not None]
+    rows = stored_rows(records, functools.partial(_row, shop))
     if not rows:
         raise InputError("no state has a labelled candidate", got="0 rows", remedy="Choose another source.")
     return rows
@@ -198,7 +199,7 @@ def _row(shop: Bench, record: ProcessRecord) -> Row | None:
     return record_row(shop.codec, record, texts, [labels[text] for text in texts]) if texts else None
 
 
-def critic_of_any_labels(shop: Workshop, name: str, actor: Decoder, rows: Sequence[Row]) -> Critic:
+def critic_of_any_labels(shop: Workshop, name: str, actor: Decoder, rows: Items[Row]) -> Critic:
     """A critic on the actor's trunk from rewards of any source: their order within a state, and their height."""
     start = dataclasses.replace(init(critic_specs(shop.config, likelihood=True), shop.key("critic")), trunk=actor)
     objective = steps.critic(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from jraggym import steps
 from jraggym.checkpoint import Checkpointer
+from jraggym.data.lazy import Items, Lazy, chosen
 from jraggym.data.process import ProcessRecord, open_dataset
 from jraggym.errors import InputError
-from jraggym.hosts import agreed, fetch, lead, share
+from jraggym.hosts import agreed, fetch, lead, share, surveyed
 from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.objectives.agreement import Agreement, agreement
@@ -29,7 +30,7 @@ from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, 
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
     Workshop,
-    batch_of,
+    batches_in_order,
     demonstrations,
     labelled,
     preferences,
@@ -171,22 +172,26 @@ def reference_program(net: Network) -> Any:
     return jax.jit(lambda weights, batch: whole.logprobs(weights, batch))
 
 
-def with_reference(shop: Workshop, ready: Placed, rows: list[Row]) -> list[Row]:
+def with_reference(shop: Workshop, ready: Placed, rows: Items[Row]) -> Items[Row]:
     """The rows with the frozen decoder's log-probabilities, computed once and kept in `out`/reference-*.npy."""
-    digest = hashlib.sha256(repr([(row.prompt, row.actions) for row in rows]).encode()).hexdigest()[:16]
-    path = shop.out / f"reference-{digest}.npy"
+
+    def digest(i: int) -> bytes:
+        return hashlib.sha256(repr((rows[i].prompt, rows[i].actions)).encode()).digest()
+
+    whole = hashlib.sha256(b"".join(surveyed(len(rows), digest))).hexdigest()[:16]
+    path = shop.out / f"reference-{whole}.npy"
     if not agreed(path.exists()):
         run, size, found = reference_program(ready.net), reference_rows(ready.mesh), []
-        for at in range(0, len(rows), size):
-            found.append(np.asarray(fetch(run(ready.frozen, batch_of(shop, rows[at : at + size], size)))))
-            shop.progress("reference", min(at + size, len(rows)), len(rows), None)
+        for batch in batches_in_order(shop, rows, size, ready.mesh):
+            found.append(np.asarray(fetch(run(ready.frozen, batch))))
+            shop.progress("reference", min(size * len(found), len(rows)), len(rows), None)
         if lead():
             scratch = path.with_name(path.stem + ".tmp.npy")
             np.save(scratch, np.concatenate(found)[: len(rows)])
             scratch.replace(path)
         share(None)  # it is written
-    kept = np.load(path)
-    return [dataclasses.replace(row, reference=kept[i].tolist()) for i, row in enumerate(rows)]
+    kept = np.load(path, mmap_mode="r")
+    return Lazy(len(rows), lambda i: dataclasses.replace(rows[i], reference=kept[i].tolist()))
 
 
 def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
@@ -194,28 +199,31 @@ def train_critic_model(experiment: CriticTraining, shop: Bench, start: Model, lo
     ready = placed_decoder(experiment, shop, start.weights)
     table = critic_table(ready.net, likelihood=experiment.likelihood)
     critic = critic_on(ready, table, shop.key("critic"))
-    learn, held = held_out(list(open_dataset(experiment.data)))
+    records = open_dataset(experiment.data)
+    learn, held = held_out(records)
     rows_of = judged if experiment.any_label else preferences
     run = _run(experiment, ready, shuffled(shop, rows_of(shop, learn)))
     critic = fit_logged(experiment, shop, run, critic, log)
     whole = dataclasses.replace(critic, trunk=ready.whole(critic.trunk))
-    result = judge_agreement(shop, ready, whole, rows_of(shop, held)) | left_out(shop, [*learn, *held])
+    result = judge_agreement(shop, ready, whole, rows_of(shop, held)) | left_out(shop, records)
     return as_model(shop, "critic", whole, result, ready.adapters(critic.trunk, critic.head)), result
 
 
-def judge_agreement(shop: Bench, ready: Placed, critic: Any, rows: Sequence[Row]) -> dict[str, Any]:
+def judge_agreement(shop: Bench, ready: Placed, critic: Any, rows: Items[Row]) -> dict[str, Any]:
     """Pair accuracy, accuracy by rank distance and calibration on all rows; no pairs where one label stands alone."""
     net, size = dataclasses.replace(ready.net, lora=None), shop.settings.states
     count = jax.jit(lambda weights, batch: agreement(net.scores(weights, batch), batch))
-    parts = [count(critic, batch_of(shop, rows[at : at + size], size)) for at in range(0, len(rows), size)]
+    parts = [count(critic, batch) for batch in batches_in_order(shop, rows, size, ready.mesh)]
     total: Agreement = fetch(functools.reduce(operator.add, parts))
     return total.summary() if float(total.pairs.sum()) else {"pairs": 0}
 
 
-def held_out(records: list[ProcessRecord]) -> tuple[list[ProcessRecord], list[ProcessRecord]]:
+def held_out(records: Items[ProcessRecord]) -> tuple[Items[ProcessRecord], Items[ProcessRecord]]:
     """The records of nine tenths of the questions, and those of the rest; InputError for fewer than ten questions."""
-    questions = sorted({record.example_id for record in records})
+    asked = surveyed(len(records), lambda i: records[i].example_id)
+    questions = sorted(set(asked))
     if len(questions) < 10:
         raise InputError("too few questions to hold some out", got=len(questions), remedy="Collect ten or more.")
     held = set(questions[::10])
-    return [r for r in records if r.example_id not in held], [r for r in records if r.example_id in held]
+    learn, rest = ([i for i, one in enumerate(asked) if (one in held) is out] for out in (False, True))
+    return chosen(records, learn), chosen(records, rest)

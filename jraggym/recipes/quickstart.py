@@ -13,32 +13,32 @@ import dataclasses
 import functools
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from jax.sharding import Mesh
 
 from jraggym import steps
 from jraggym.batch import ProcessBatch
 from jraggym.collection import collect
+from jraggym.data.lazy import Items, Lazy, chosen
 from jraggym.data.plan import demonstrate
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, batches, build_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
-from jraggym.hosts import lead_first
+from jraggym.hosts import lead_first, surveyed
 from jraggym.models.critic import Critic, critic_specs
 from jraggym.models.decoder import Decoder, DecoderConfig, init, specs
 from jraggym.models.induction import with_induction_head
 from jraggym.objectives.pairs import POSITIVE
-from jraggym.recipes.bench import Bench, record_row, usable
+from jraggym.recipes.bench import Bench, record_row, stored_rows, usable
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Task
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.scripted import run_script
-from jraggym.sharding import split_over
+from jraggym.sharding import batch_sharding, own_rows, place_rows, split_over
 from jraggym.text.actions import format_action
 from jraggym.text.batching import EMPTY_ROW, Batches, Row, buckets, collate
 from jraggym.text.rendering import render_document
@@ -187,21 +187,19 @@ def collector(shop: Workshop, select: str = "reward", mesh: Mesh | None = None) 
     return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=slots, mesh=mesh)
 
 
-def labelled(shop: Bench, records: Iterable[ProcessRecord], *, shuffle: bool = False):
+def labelled(shop: Bench, records: Items[ProcessRecord], *, shuffle: bool = False):
     """Batches of the states with a preference, through grain.
 
     `shuffle` deals each state's rewards anew among its distinct candidates: the control.
     """
     rows = preferences(shop, records)
-    if shuffle:
-        rows = [_dealt(row, f"{shop.settings.seed}/{number}") for number, row in enumerate(rows)]
-    return shuffled(shop, rows)
+    dealt = Lazy(len(rows), lambda i: _dealt(rows[i], f"{shop.settings.seed}/{i}"))
+    return shuffled(shop, dealt if shuffle else rows)
 
 
-def preferences(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
+def preferences(shop: Bench, records: Items[ProcessRecord]) -> Items[Row]:
     """The states with a good candidate beside a worse one; InputError when there is none."""
-    records = list(records)
-    useful = [row for record in records if (row := _row(shop, record)) is not None]
+    useful = stored_rows(records, functools.partial(_row, shop))
     if not useful:
         raise InputError(
             "no state has a good candidate beside a worse one",
@@ -211,24 +209,35 @@ def preferences(shop: Bench, records: Iterable[ProcessRecord]) -> list[Row]:
     return useful
 
 
-def shuffled(shop: Bench, rows: Sequence[Row]):
+def shuffled(shop: Bench, rows: Items[Row]):
     """Endless batches of the rows, through grain."""
     settings = shop.settings
     to_batch = functools.partial(batch_of, shop)
     return batches(rows, batch_size=settings.states, seed=settings.seed, to_batch=to_batch)
 
 
-def batch_of(shop: Bench, rows: Sequence[Row], size: int = 0, only: np.ndarray | None = None) -> ProcessBatch:
-    """The rows, and empty ones behind them up to `size`; with `only` just these of them."""
-    settings, empty = shop.settings, [EMPTY_ROW] * (size - len(rows))
-    shape = {"prompt": settings.max_prompt, "action": settings.max_action, "candidates": settings.contrasts}
-    return collate([*rows, *empty], **shape, only=only)
+def batch_of(shop: Bench, rows: Sequence[Row]) -> ProcessBatch:
+    """A batch of these rows."""
+    sizes = shop.settings
+    return collate(rows, prompt=sizes.max_prompt, action=sizes.max_action, candidates=sizes.contrasts)
 
 
-def successful(records: Iterable[ProcessRecord]) -> list[ProcessRecord]:
+def batches_in_order(shop: Bench, rows: Items[Row], size: int, mesh: Mesh | None) -> Iterator[ProcessBatch]:
+    """The rows as batches of `size` on the mesh, the last one filled up with empty rows.
+
+    Each process reads and builds the rows of its own devices.
+    """
+    where = None if mesh is None else batch_sharding(mesh)
+    for at in range(0, len(rows), size):
+        own = range(size) if where is None else own_rows(where, size)
+        part = batch_of(shop, [rows[at + int(i)] if at + i < len(rows) else EMPTY_ROW for i in own])
+        yield part if where is None else place_rows(part, where, size)
+
+
+def successful(records: Items[ProcessRecord]) -> Items[ProcessRecord]:
     """The states of episodes with outcome F1 > 0.75, from which RAG-Gym's actors learn; all if there is none."""
-    records = list(records)
-    return [record for record in records if record.f1 > 0.75] or records
+    outcomes = surveyed(len(records), lambda i: records[i].f1)
+    return chosen(records, [i for i, f1 in enumerate(outcomes) if f1 > 0.75]) or records
 
 
 def _row(shop: Bench, record: ProcessRecord) -> Row | None:
@@ -256,7 +265,7 @@ def _dealt(row: Row, seed: str) -> Row:
 
 
 def train_critic(
-    shop: Workshop, name: str, actor: Decoder, records: Iterable[ProcessRecord], shuffle: bool = False
+    shop: Workshop, name: str, actor: Decoder, records: Items[ProcessRecord], shuffle: bool = False
 ) -> Critic:
     """A critic that starts from the actor's trunk."""
     start = dataclasses.replace(init(critic_specs(shop.config, likelihood=True), shop.key("critic")), trunk=actor)

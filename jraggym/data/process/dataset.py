@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jraggym.data.array_record import Builder, write_dataset
+from jraggym.data.lazy import Items
 from jraggym.data.process.record import ProcessRecord, Provenance, encode
 from jraggym.errors import InputError
 from jraggym.types import Candidate, state_from_json, to_json
@@ -232,7 +233,7 @@ def _damaged(directory: Path, got: str) -> InputError:
 
 
 def batches(
-    source: Sequence[Any] | ProcessSource,
+    source: Items[Any],
     *,
     batch_size: int,
     seed: int,
@@ -242,7 +243,7 @@ def batches(
 
     Every epoch is another order of all records, each once. Batches go on over the end of an epoch, so that
     all have `batch_size` records. To go on after a kill, read from the next step on. `to_batch` gets the records
-    of a batch; for one process's part of it, also `only`, the numbers of those that it is to build.
+    of a batch, or those of one process's part of it: no others are read.
 
     Raises:
         InputError: `batch_size` is below 1 or there is no record.
@@ -265,15 +266,12 @@ class Shuffled:
     to_batch: Callable[..., Any]
 
     def __getitem__(self, step: int) -> Any:
-        return self.to_batch(self._chosen(step))
+        return self.part(step, np.arange)[0]
 
     def part(self, step: int, own: Callable[[int], np.ndarray]) -> tuple[Any, int]:
         """One process's rows of a batch, and how many rows it has in all."""
-        return self.to_batch(self._chosen(step), only=own(self.size)), self.size
+        return self.to_batch([self.records[step * self.size + int(i)] for i in own(self.size)]), self.size
 
     def to_iter_dataset(self) -> grain.IterDataset:
         """All batches from the first on, read ahead by threads."""
         return self.records.batch(self.size, batch_fn=self.to_batch).to_iter_dataset()
-
-    def _chosen(self, step: int) -> list[Any]:
-        return [self.records[i] for i in range(step * self.size, (step + 1) * self.size)]
