@@ -51,7 +51,7 @@ class Settings:
         few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
         warm = dataclasses.replace(self.warm_start, steps=150)
         fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 4_000), collected=32, test=16)
-        fewer = dataclasses.replace(fewer, episodes=16, candidates=4, states=4)
+        fewer = dataclasses.replace(fewer, episodes=16, candidates=4, states=4, tokens=1_024)
         return dataclasses.replace(fewer, warm_start=warm, short_first=150, **few)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
 
 from jraggym.errors import InputError
@@ -192,6 +190,10 @@ class TfidfEncoder:
         Raises:
           InputError: when no text holds a word.
         """
+        # Two seconds to import, for which no other command has to wait
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         lengths = [len(words(text)) for text in texts]
         if not any(lengths):
             raise InputError(

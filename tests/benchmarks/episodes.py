@@ -3,11 +3,12 @@
     python3 -m venv ../tunix && . ../tunix/bin/activate && pip install -e '.[test]' 'google-tunix>=0.1.7,<0.2'
     python tests/benchmarks/episodes.py [--models small large] [--questions 64] [--group 4] [--peers hf tunix]
 
-Search-R1's protocol, 1 to 8 turns an episode, BM25 and TF-IDF on the synthhop test world. All sides have the same
-random weights (float32, from a seed), prompts, stop strings, retriever, number of threads and process. The loops are
-what public recipes do: in each turn every open transcript, padded on the left, goes through `generate` in batches;
-what is drawn and what is found are appended as ids, and finished episodes leave the batch. `hf` is Hugging Face
-`generate`, `tunix` google-tunix's vanilla sampler (left out with --peers hf, where it is not installed).
+Search-R1's protocol and its budgets (observations of 500 tokens, 1 to 5 turns), BM25 and TF-IDF on the synthhop test
+world. All sides have the same random weights (float32, from a seed), prompts, stop strings, retriever, number of
+threads and process. The loops are what public recipes do: in each turn every open transcript, padded on the left, goes
+through `generate` in batches; what is drawn and what is found are appended as ids, and finished episodes leave the
+batch. `hf` is Hugging Face `generate`, `tunix` google-tunix's vanilla sampler (left out with --peers hf, where it is
+not installed).
 
 Random weights end no turn: a schedule, drawn from the seed, says how many tokens each turn has and which turn is the
 last; all others are read as a search for the question and their text. A sampled stop token ends a turn, too. Each loop
@@ -22,7 +23,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,17 @@ class Config:
     peers: tuple[str, ...] = ("hf", "tunix")
     questions: int = 64
     group: int = 4  # episodes of each question
-    turns: int = 8  # an episode has 1 to as many
+    turns: int = 5  # an episode has 1 to as many: Search-R1's four searches, and the answer
     shortest: int = 16  # turn
     longest: int = 44
-    documents: int = 8
-    found: int = 160  # tokens of an observation at most
+    documents: int = 24  # short ones, until an observation is full
+    found: int = 500  # tokens of an observation at most, as Search-R1 has it
     temperature: float = 1.0
     batches: tuple[int, ...] = (16, 64)  # of the loops: the fastest is taken
     loop_questions: int = 64  # of the loops' timed runs
     agreement: int = 8  # questions of the comparison at temperature 0
     growth: int = 8  # questions of each row of the table of prefilled tokens; 0: no table
+    growth_turns: int = 8  # its rows
     repeats: int = 2
     threads: int = 2
     devices: int = 2  # of jax, for our rollout: a loop runs on one core
@@ -333,7 +335,7 @@ def main() -> None:
             if config.agreement:
                 agree(case, Path(name) / "model")
     if config.growth:
-        growth(make_case(config, config.models[0]))
+        growth(make_case(replace(config, turns=config.growth_turns), config.models[0]))
 
 
 if __name__ == "__main__":
