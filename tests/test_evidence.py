@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jraggym import steps
 from jraggym.evidence.episodes import Budget, complete, gains, in_turn, search_evidence
+from jraggym.evidence.limits import BEHIND, BEYOND, LOW, limits
 from jraggym.evidence.proposals import Proposal, names, propose
 from jraggym.evidence.training import Choice, PairBatches, choices_from_json, collect_choices, shuffled
 from jraggym.models.bert_critic import PairScorer, PairTokenizer, new_critic, pair_scores, save_bert_critic
@@ -166,6 +167,22 @@ def test_the_oracle_does_not_take_two_proposals_for_the_same_evidence():
     assert order == [0, 3]
     (order,) = by_oracle([EXAMPLE], lambda queries, k: [(GERMANY,) for _ in queries], told)([State(QUESTION)], offered)
     assert order == [0, 1], "where nothing helps, the first ones"
+
+
+def test_what_kept_evidence_from_being_read():
+    far = Document("far", "Far", "Nobody names it.")
+    hidden = Document("hidden", "Hidden", "It comes second.")
+
+    def found(queries, k):
+        return [(*hits, hidden) if hits == (GERMANY,) else hits for hits in lookup(queries, k)]
+
+    example = dataclasses.replace(EXAMPLE, support=("flow", "weiwei", hidden.id, far.id))
+    last = lambda states, offered: [list(range(len(offer)))[::-1] for offer in offered]  # noqa: E731
+    budget = Budget(searches=2, documents=2, together=1, around=3)
+    # first the film, as the question's or the name's; then of "German" and "Ai Weiwei" only the last
+    assert limits([example], found, last, budget) == {LOW: 0, BEHIND: 1, BEYOND: 1}
+    assert limits([example], found, the_first, budget) == {LOW: 1, BEHIND: 0, BEYOND: 1}
+    assert limits([EXAMPLE], lookup, last, budget) == {LOW: 0, BEHIND: 0, BEYOND: 0}
 
 
 def test_the_question_can_be_asked_again():

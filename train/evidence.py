@@ -32,6 +32,7 @@ from jraggym.data.hotpotqa import read_pooled
 from jraggym.data.questions import QuestionSet
 from jraggym.errors import InputError, exit_on_input_error
 from jraggym.evidence.episodes import Lookup
+from jraggym.evidence.limits import limits
 from jraggym.evidence.training import Choice, choices_from_json, shuffled
 from jraggym.metrics import bootstrap_interval
 from jraggym.models.bert_critic import PairScorer, save_bert_critic
@@ -112,12 +113,16 @@ def main(arguments: Arguments) -> None:
             scorers[kind] = PairScorer(weights, encoder.query.config, tokenize)
             if kind == CRITIC:
                 save_bert_critic(out / "critic", weights, encoder.query.config, tokenize)
-    scored = {}
+    scored, missed = {}, {}
     for name, (_, exam) in splits.items():
         with console.stage(f"score {name}"):
-            scored[name] = score(exam, encoder, scorers, arguments)
+            lookup = lookup_of(exam, encoder, arguments)
+            scored[name] = score(exam, encoder, lookup, scorers, arguments)
+            missed[name] = limits(exam.examples, lookup, by_critic(scorers[CRITIC]), settings.budget)
         print(table(name, exam, scored[name], settings))
-    _save(arguments, splits, scored, len(choices), console)
+        reasons = "; ".join(f"{reason} {count}" for reason, count in missed[name].items())
+        print(f"\nDocuments that the critic missed: {reasons}")
+    _save(arguments, splits, scored, missed, len(choices), console)
 
 
 def read_splits(arguments: Arguments) -> Splits:
@@ -173,9 +178,11 @@ def label(learn: QuestionSet, encoder: BertEncoder, arguments: Arguments, consol
     return choices_of(learn, lookup, arguments.settings, arguments.seed, console.progress)
 
 
-def score(exam: QuestionSet, encoder: BertEncoder, scorers: Mapping[str, PairScorer], arguments: Arguments) -> Scores:
+def score(
+    exam: QuestionSet, encoder: BertEncoder, lookup: Lookup, scorers: Mapping[str, PairScorer], arguments: Arguments
+) -> Scores:
     """All rows of one benchmark."""
-    settings, lookup = arguments.settings, lookup_of(exam, encoder, arguments)
+    settings = arguments.settings
     found = {name: recall(exam, lookup, by_critic(scorer), settings) for name, scorer in scorers.items()}
     found[RANDOM] = recall(exam, lookup, at_random(arguments.seed), settings)
     found[FIRST] = recall(exam, lookup, the_first, settings)
@@ -208,7 +215,14 @@ def _kept(path: Path, make: Callable[[], list[Choice]]) -> list[Choice]:
     return choices
 
 
-def _save(arguments: Arguments, splits: Splits, scored: dict[str, Scores], choices: int, console: Console) -> None:
+def _save(
+    arguments: Arguments,
+    splits: Splits,
+    scored: dict[str, Scores],
+    missed: dict[str, dict[str, int]],
+    choices: int,
+    console: Console,
+) -> None:
     """results.json, and scores.json for eval.pooled."""
     em = {f"{name}: {row}": values.tolist() for name, rows in scored.items() for row, values in rows.items()}
     claims = [
@@ -220,6 +234,7 @@ def _save(arguments: Arguments, splits: Splits, scored: dict[str, Scores], choic
     write(arguments.out / "scores.json", json.dumps({"seed": arguments.seed, "em": em, "claims": claims}))
     summary: dict[str, Any] = {
         "recall": {row: float(np.mean(values)) for row, values in em.items()},
+        "missed": missed,
         "choices": choices,
         "stages": console.stages,
         "device": jax.devices()[0].device_kind,
