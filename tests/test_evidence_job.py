@@ -64,7 +64,13 @@ def test_from_files_to_tables_and_again_to_the_same(arguments, capsys, monkeypat
     em = json.loads(scores)["em"]
     assert em["twowiki: oracle"] == [1.0] * 4
     assert {name.split(": ")[1] for name in em} >= {"critic", "shuffled rewards", "random critic", "first proposals"}
-    assert "| critic |" in capsys.readouterr().out
+    said, missed = (
+        capsys.readouterr().out,
+        json.loads((arguments.out / "results.json").read_text())["missed"]["twowiki"],
+    )
+    assert "| critic |" in said
+    assert f"Documents that the critic missed: {'; '.join(f'{why} {count}' for why, count in missed.items())}" in said
+    assert (sum(missed.values()) == 0) == (em["twowiki: critic"] == [1.0] * 4)
     main(arguments)
     assert (arguments.out / "scores.json").read_text() == scores
     assert (arguments.out / "critic" / "model.safetensors").exists()
