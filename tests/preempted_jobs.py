@@ -31,7 +31,7 @@ from jraggym.objectives.kl import AdaptiveKL
 from jraggym.objectives.policy import PolicyLoss
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.preemption import preemptible
-from jraggym.text.batching import Row
+from jraggym.text.batching import Batches, Bucket, Row
 from jraggym.training import Optimization, Run, fit
 
 STEPS, EVERY, PAUSE = 24, 4, 0.01
@@ -45,7 +45,15 @@ def tell(event: str) -> None:
     time.sleep(PAUSE)
 
 
-class Batches:
+def episodes() -> Batches:
+    """Whole episodes, dealt anew in every epoch of three batches."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, TIED.vocab, (3 * ROWS, P + A)).tolist()
+    rows = [Row(one[:P], [one[P:]], [[True] * A], [1.0], [True]) for one in ids]
+    return Batches(rows, [Bucket(ROWS, P, A)], candidates=1, seed=0)
+
+
+class Drawn:
     """Batch `step` is a function of the step alone."""
 
     def __getitem__(self, step: int) -> Any:
@@ -88,8 +96,8 @@ def gather(policy: Any, iteration: int) -> Gathered:
     return Gathered(rows, K * A * ROWS, {"shift": shift})
 
 
-def offline(objective: Any, weights: Any, out: Path, report: Any, matrix_rate: float = 0.0) -> Any:
-    run = Run(objective, replace(OPTIMIZATION, matrix_rate=matrix_rate), Batches(), random_decoder(seed=1))
+def offline(objective: Any, weights: Any, out: Path, report: Any, data: Any, matrix_rate: float = 0.0) -> Any:
+    run = Run(objective, replace(OPTIMIZATION, matrix_rate=matrix_rate), data, random_decoder(seed=1))
     return fit(run, weights, Checkpointer(out / "saved"), every=EVERY, report=report)
 
 
@@ -106,10 +114,10 @@ def work(kind: str, out: Path, report: Any) -> Any:
     net, adapted = steps.Network(TIED), steps.Network(TIED, LORA)
     loss = PolicyLoss(kl_weight=0.01)
     jobs = {
-        "sft": lambda: offline(steps.sft(net), random_decoder(), out, report, 2e-2),  # with Muon
-        "dpo": lambda: offline(steps.dpo(net, nll=1.0), random_decoder(), out, report),
-        "critic": lambda: offline(steps.critic(net), random_critic(), out, report),
-        "lora": lambda: offline(steps.dpo(adapted), random_weights(lora_specs(TIED, LORA)), out, report),
+        "sft": lambda: offline(steps.sft(net), random_decoder(), out, report, episodes(), 2e-2),  # with Muon
+        "dpo": lambda: offline(steps.dpo(net, nll=1.0), random_decoder(), out, report, Drawn()),
+        "critic": lambda: offline(steps.critic(net), random_critic(), out, report, Drawn()),
+        "lora": lambda: offline(steps.dpo(adapted), random_weights(lora_specs(TIED, LORA)), out, report, Drawn()),
         "grpo": lambda: online(GRPO(loss=loss), out, report),
         "ppo": lambda: online(PPO(adaptive=AdaptiveKL(0.5, horizon=50), loss=loss), out, report),
     }
