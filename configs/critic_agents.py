@@ -18,19 +18,22 @@ from jraggym.recipes.offline import CriticTraining
 from jraggym.recipes.settings import Settings
 from jraggym.training import Optimization
 
+MODEL, DATA = Path("models/my-checkpoint"), Path("runs/ranked/labels/llm/dataset")
+LORA = Lora(256, 512.0, 0.05, ("q", "k", "v"))
+SETTINGS = Settings(
+    max_prompt=4_096,
+    max_action=1_024,
+    contrasts=10,
+    states=8,
+    model=DecoderConfig(dtype="bfloat16", remat="layer"),
+)
 EXPERIMENT = CriticTraining(
     out=Path("runs/critic"),
-    model=Path("models/my-checkpoint"),
-    data=Path("runs/ranked/labels/llm/dataset"),
+    model=MODEL,
+    data=DATA,
     dataset=AGENTS,
-    settings=Settings(
-        max_prompt=4_096,
-        max_action=1_024,
-        contrasts=10,
-        states=8,
-        model=DecoderConfig(dtype="bfloat16", remat="layer"),
-    ),
-    lora=Lora(256, 512.0, 0.05, ("q", "k", "v")),
+    settings=SETTINGS,
+    lora=LORA,
     parts=8,
     optimization=Optimization(375, matrix_rate=0.0, rate=1e-5, warmup=10, schedule="linear"),
     pointwise=0.0,

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,25 +17,28 @@ from transformers.models import auto
 import eval.qa
 import jraggym.recipes.labelling
 import jraggym.recipes.offline
-from configs import critic_agents, sft_synthhop
+from configs import critic_agents, dpo_agents, sft_agents, sft_synthhop
 from eval.agreement import labels_of
 from jraggym.agent_episodes import AgentRules
 from jraggym.agents.output import ANSWER, QUERY, REASONING, format_output
 from jraggym.agents.react import REACT
 from jraggym.chat_model import Message
 from jraggym.chats.local import Local
-from jraggym.chats.opening import open_scorer
+from jraggym.chats.opening import open_chat, open_scorer
 from jraggym.data.process import open_dataset
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
 from jraggym.model_folder import load_model
 from jraggym.models.lora import Lora
+from jraggym.porting.pretrained import open_model
 from jraggym.recipes.agent_labels import AgentLabel
-from jraggym.recipes.bench import record_row
+from jraggym.recipes.bench import Bench, record_row
 from jraggym.recipes.critic_exam import score_records
 from jraggym.recipes.labelling import How
-from jraggym.recipes.offline import train_critic_model, train_sft
+from jraggym.recipes.offline import objective_of, train_critic_model, train_dpo, train_sft
 from jraggym.recipes.qa import Qa
+from jraggym.recipes.quickstart import batch_of
+from jraggym.steps import Network
 from jraggym.text.batching import Codec
 from jraggym.text.chat import ChatCodec
 from jraggym.text.huggingface import HuggingFaceTokenizer
@@ -122,6 +126,39 @@ def trained(root, llama, labels):
     return SimpleNamespace(folder=experiment.out / "model", rows=seen)
 
 
+@pytest.mark.parametrize("work", [train_sft, train_dpo])
+def test_an_actor_learns_from_the_same_data_and_acts(work, root, collected, llama, labels, trained):
+    named = sft_agents.EXPERIMENT if work is train_sft else dpo_agents.EXPERIMENT
+    settings = replace(named.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
+    experiment = replace(
+        named,
+        out=root / work.__name__,
+        model=llama,
+        data=labels,
+        settings=replace(settings, model=replace(settings.model, dtype="float32")),
+        lora=Lora(2, leaves=("q", "k", "v")),
+        parts=1,
+        optimization=Optimization(6, 0.0, rate=1e-2, warmup=1),
+    )
+    results = run_experiment(experiment, work)
+    assert "em" not in results, "there is no world to act in"
+    before, after = open_model(llama, "actor"), load_model(experiment.out / "model", "actor")
+    batch = batch_of(Bench(experiment.settings, after.tokenizer, root, lambda *told: None), trained.rows)
+    objective, losses = objective_of(experiment, Network(after.config)), []
+    for weights in (before.weights, after.weights):
+        losses.append(float(objective(weights, batch, before.weights, jax.random.key(0))[0]))
+    assert losses[1] < losses[0] - 0.05, losses
+    if work is train_dpo:
+        assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
+    spec = Local(str(experiment.out / "model"), max_prompt=LONGEST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval.qa, "open_models", lambda qa: (open_chat(spec), None, None))
+        few = replace(
+            collected, out=root / f"{work.__name__} acts", chat=spec, limit=2, rules=AgentRules(2, max_tokens=8)
+        )
+        assert eval.qa.evaluate(few)["questions"] == 2
+
+
 class Watched:
     """A scorer, and the rows that it makes of what it is asked."""
 
@@ -198,6 +235,18 @@ def test_a_chat_model_and_the_outcome_label_too(root, collected, labels, monkeyp
     assert label_agent(AgentLabel(root / "llm", collected.out)) == found
     assert len(model.requests) == asked, "a finished job asks nothing"
 
+    person = AgentLabel(root / "human", collected.out, "human", How(sheet=root / "sheet.jsonl"))
+    with pytest.raises(InputError, match=r"sheet.jsonl is to be filled in; got \d+ actions without labels"):
+        label_agent(person)
+    rows = [json.loads(line) for line in person.how.sheet.read_text().splitlines()]
+    rows = [{**row, "reward": float("<search>" in row["action"])} for row in rows]
+    person.how.sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for record in open_dataset(label_agent(person)["data"]):
+        last = len(record.state.turns) + 1 == RULES.max_turns
+        assert [c.reward for c in record.candidates] == [None if last else 1.0, 0.0, None], (
+            "the last turn has no search"
+        )
+
     outcome = label_agent(AgentLabel(root / "outcome", collected.out, "outcome"))
     for record in open_dataset(outcome["data"]):
         known = [i for i, c in enumerate(record.candidates) if c.reward is not None]
@@ -238,3 +287,5 @@ def test_what_cannot_be_is_refused(root, collected, labels, llama, tmp_path):
         record_row(ChatCodec(HuggingFaceTokenizer.load(llama), 3, 99), record, ["a"], [1.0])
     with pytest.raises(InputError, match="unknown dataset; got 'agents'"):
         run_experiment(replace(sft_synthhop.EXPERIMENT, out=tmp_path / "sft", dataset="agents"), train_sft)
+    with pytest.raises(InputError, match="no process data in"):
+        run_experiment(replace(dpo_agents.EXPERIMENT, out=tmp_path / "dpo", model=llama, data=tmp_path), train_dpo)

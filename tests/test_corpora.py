@@ -212,6 +212,17 @@ def test_bad_settings_files_and_folders_are_named(tmp_path):
         write_chunks([source], source)
 
 
+def test_a_text_may_stand_in_another_field(tmp_path):
+    rows = [{"id": "Anatomy_0", "title": "Anatomy", "content": "One two. Three four.", "contents": "Anatomy. One two."}]
+    source = dump(tmp_path / "textbook.jsonl", rows)
+    with pytest.raises(InputError, match=r"missing field; got text.*--text-field names another one"):
+        write_chunks([source], tmp_path / "no.jsonl")
+    made = write_chunks([source], tmp_path / "made.jsonl", field="content")
+    assert read(made) == [{"id": "Anatomy_0#1", "title": "Anatomy", "text": "One two. Three four."}]
+    with pytest.raises(InputError, match="holds something else"):
+        write_chunks([source], made, field="contents")
+
+
 # ---------------------------------------------------------------- the command
 
 

@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
+
+import eval.qa
+from jraggym.data.benchmarks import BENCHMARKS
+from jraggym.recipes.qa import check
+from jraggym.retrieval.presets import preset_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,6 +86,8 @@ SHOWN = [  # the entries whose flags the text names
     (("train/export.py",), ()),
     (("train/transcripts.py",), ("search-r1-ppo",)),
     (("train/evidence.py",), ()),
+    (("train/chunk.py",), ()),
+    (("eval/qa.py",), ("server",)),
     (("train/launch.py",), ("tpu-vm",)),
     *(((f"train/{name}.py",), ("synthhop",)) for name in ("sft", "critic", "grpo")),
 ]
@@ -92,6 +100,20 @@ def test_a_command_has_only_known_flags(file, words, help_of, capsys, monkeypatc
     known = flags(help_of(file, capsys, monkeypatch, *experiment))
     named = {word.split("=")[0] for word in words if word.startswith("--")}
     assert named <= known, f"{file} does not know {', '.join(sorted(named - known))}"
+
+
+ASKING = [words[3:] for file, words in COMMANDS if file == "eval/qa.py"]
+
+
+@pytest.mark.parametrize("words", ASKING, ids=[" ".join(words) for words in ASKING])
+def test_an_evaluation_names_all_that_it_needs(words):
+    qa = tyro.extras.overridable_config_cli(eval.qa.EXPERIMENTS, args=words)
+    check(qa)
+    if qa.benchmark != "synthhop":
+        known = BENCHMARKS[qa.benchmark]
+        assert qa.data_dir is not None
+        assert qa.split in {*known.files, *known.parts}
+    assert qa.retriever != "preset" or (qa.encoder is not None and preset_of(qa.benchmark))
 
 
 def test_flags_named_in_the_text_are_known(help_of, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jraggym.labelling import Decision
 from jraggym.objectives.critic import critic_loss
 from jraggym.preemption import preemptible
 from jraggym.recipes.bench import left_out
-from jraggym.recipes.labelling import judged
+from jraggym.recipes.labelling import How, judged, worldless_source
 from jraggym.recipes.quickstart import batch_of, preferences
 from jraggym.sources.control import random_source
 from jraggym.sources.human import human_source, sheet
@@ -239,6 +240,21 @@ def test_relabelling_stops_behind_the_chunk_in_which_a_signal_came(tmp_path):
     found = run("cut")
     assert asked == [2, 2, 1]
     assert found == run("whole")
+
+
+def test_an_empty_sheet_is_written_where_there_is_none(tmp_path):
+    path, records = tmp_path / "new" / "human.jsonl", [record(TEXTS_OF_RECORD)]
+    source = partial(worldless_source, "human", records, How(sheet=path), 0, tmp_path)
+    with pytest.raises(InputError, match=r"human.jsonl is to be filled in; got 3 actions without labels. Put a num"):
+        source()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "reward": i / 4}) + "\n" for i, row in enumerate(rows)))
+    given = {row["action"]: i / 4 for i, row in enumerate(rows)}
+    assert source()(bare_decisions(records)) == [tuple(map(given.get, TEXTS_OF_RECORD))]
+    assert given[TEXTS_OF_RECORD[2]] == 0.5
+    bare = partial(worldless_source, "human", [record(["no action"])], How(sheet=tmp_path / "bare"), 0, tmp_path)
+    with pytest.raises(InputError, match="there is no action to label"):
+        bare()
 
 
 # ---------------------------------------------------------------- unlabelled is not 0

@@ -1,7 +1,8 @@
 """From dumps to a corpus to search: python -m train.chunk wiki-00.jsonl wiki-01.jsonl --out corpora/wiki.jsonl
 
-A line of a dump is {"title": "...", "text": "..."}, perhaps with an id; see jraggym/data/corpora.py. A killed command
-that is given again goes on where it was; on SIGTERM it ends at its next commit with exit code 75.
+A line of a dump is {"title": "...", "text": "..."}, perhaps with an id (--text-field names another field than text);
+see jraggym/data/corpora.py. A killed command that is given again goes on where it was; on SIGTERM it ends at its next
+commit with exit code 75.
 `python -m eval.qa ... --corpus corpora/wiki.jsonl` searches what it writes.
 """
 
@@ -31,6 +32,8 @@ class Arguments:
     """A chunk has at most so many words."""
     overlap: int = 20
     """A chunk begins with the last sentences of the one before, of so many words at most."""
+    text_field: str = "text"
+    """The field of a dump with a document's text: "content" in MedRAG's textbooks."""
 
 
 def main() -> None:
@@ -42,6 +45,7 @@ def main() -> None:
                 arguments.out,
                 words=arguments.words,
                 overlap=arguments.overlap,
+                field=arguments.text_field,
                 progress=lambda done: bar.update(done - bar.n),
             )
         print(path)

@@ -24,8 +24,6 @@ from jraggym.models.bert_encoder import BertEncoder, minilm_path
 from jraggym.porting.pretrained import open_model
 from jraggym.preemption import preemptible
 from jraggym.recipes.bench import Bench
-from jraggym.recipes.experiment import AGENTS
-from jraggym.recipes.offline import CriticTraining
 from jraggym.recipes.quickstart import Workshop, train_tokenizer
 from jraggym.recipes.settings import Settings
 from jraggym.recipes.task import Split, Task, hotpotqa_task, synthhop_task
@@ -202,7 +200,7 @@ def _run(experiment: Any, work: Callable) -> dict[str, Any]:
         running = {name: getattr(settings.model, name) for name in RUNTIME}
         settings = dataclasses.replace(settings, model=dataclasses.replace(start.config, **running))
     shop: Bench
-    if experiment.dataset == AGENTS and start is not None and isinstance(experiment, CriticTraining):
+    if start is not None and experiment.worldless:
         shop = Bench(settings, start.tokenizer, out, console.progress)
     else:
         with console.stage("world, indexes and tokenizer", experiment.dataset):

@@ -78,11 +78,12 @@ def write_chunks(
     *,
     words: int = 100,
     overlap: int = 20,
+    field: str = "text",
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Writes the chunks of all documents of `sources` into the jsonl file `path`, once, and gives that path.
 
-    A line of a source is an object with texts `title`, `text` and perhaps `id`; other fields, such as a url, are passed
+    A line of a source is an object with texts `title`, `field` and perhaps `id`; others, such as a url, are passed
     over. The n-th chunk of a document has the id "title#n", or "id#n" where it has one; documents of one title are
     counted through. A chunk whose text was there before is left out, but counted. A killed call goes on where it was
     when called again, to the same bytes. One job writes at a time. `progress` is told the number of lines read of the
@@ -96,7 +97,7 @@ def write_chunks(
         got = f"{len(sources)} sources, words={words}, overlap={overlap}"
         raise InputError("chunks need a source, and an overlap below their words", got=got, remedy="Give these.")
     paths = [Path(source) for source in sources]
-    final, digits = Path(path), _fingerprint(paths, words, overlap)
+    final, digits = Path(path), _fingerprint(paths, words, overlap, field)
     made, part, state = (final.with_name(final.name + end) for end in (".made", f".{digits}.part", f".{digits}.sqlite"))
     try:
         if final.exists():
@@ -107,7 +108,7 @@ def write_chunks(
         final.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(state)) as database, part.open("ab") as out:
             database.executescript(_STATE)
-            _Writer(paths, database, out, words, overlap, progress).run()
+            _Writer(paths, database, out, words, overlap, field, progress).run()
         if not part.stat().st_size:
             raise InputError("no text to cut", got=f"{len(paths)} files without any", remedy="Give documents.")
         write_whole(made, digits)
@@ -122,9 +123,18 @@ def write_chunks(
 class _Writer:
     """Goes on from the last commit: the part file and the database agree there, and what is behind it is cut off."""
 
-    def __init__(self, paths: list[Path], database: sqlite3.Connection, out: Any, words: int, overlap: int, progress):
+    def __init__(
+        self,
+        paths: list[Path],
+        database: sqlite3.Connection,
+        out: Any,
+        words: int,
+        overlap: int,
+        field: str,
+        progress: Callable[[int], None] | None,
+    ):
         self._paths, self._database, self._out = paths, database, out
-        self._words, self._overlap, self._progress = words, overlap, progress
+        self._words, self._overlap, self._field, self._progress = words, overlap, field, progress
 
     def run(self) -> None:
         place = self._database.execute("SELECT source, line, offset, size FROM place").fetchone()
@@ -144,7 +154,7 @@ class _Writer:
             for content in iter(file.readline, b""):
                 line += 1
                 if content.strip():
-                    self._write(*_document(path, line, content))
+                    self._write(*_document(path, line, content, self._field))
                 if line % COMMIT == 0:
                     self._commit(source, line, file.tell())
             self._commit(source + 1, 0, 0)
@@ -174,25 +184,25 @@ class _Writer:
         stop_if_asked()
 
 
-def _document(path: Path, line: int, content: bytes) -> tuple[str, str, str]:
+def _document(path: Path, line: int, content: bytes, field: str) -> tuple[str, str, str]:
     """What its chunks' ids begin with, title and text of a line."""
     try:
         row = json_line(path, line, content.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, line {line} is no UTF-8", got=error, remedy="Write UTF-8.") from error
-    remedy = "A document has text fields title, text and an optional id."
-    if missing := [name for name in ("title", "text") if name not in row]:
+    remedy = f"A document has text fields title, {field} and an optional id; --text-field names another one."
+    if missing := [name for name in ("title", field) if name not in row]:
         raise InputError(f"{path}, line {line}: missing field", got=", ".join(missing), remedy=remedy)
-    texts = (row.get("id", row["title"]), row["title"], row["text"])
+    texts = (row.get("id", row["title"]), row["title"], row[field])
     if not all(isinstance(text, str) for text in texts):
         got = ", ".join(type(text).__name__ for text in texts)
         raise InputError(f"{path}, line {line}: field is no text", got=got, remedy=remedy)
     return texts
 
 
-def _fingerprint(paths: list[Path], words: int, overlap: int) -> str:
+def _fingerprint(paths: list[Path], words: int, overlap: int, field: str) -> str:
     """Sixteen hex digits that tell the sources and settings from others."""
-    digest = hashlib.sha256(f"1 {words} {overlap}".encode())  # 1: the form of chunks that this module writes
+    digest = hashlib.sha256(f"2 {words} {overlap} {field}".encode())  # 2: the form of chunks that this module writes
     for path in paths:
         try:
             with path.open("rb") as file:

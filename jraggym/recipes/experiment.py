@@ -58,8 +58,8 @@ class Experiment:
     seed: int = 0
     """Decides the world, the initial weights and every draw."""
     dataset: str = "synthhop"
-    """synthhop (made up, embedded), hotpotqa (needs --data-dir and the `offline` extra), or agents: for a critic of
-    their chats, which bring all that it learns from."""
+    """synthhop (made up, embedded), hotpotqa (needs --data-dir and the `offline` extra), or agents: their chats, which
+    bring all that SFT, DPO or a critic learns from, and no world to be evaluated in (eval.qa does that)."""
     data_dir: Path | None = None
     """Folder with the official HotpotQA json files."""
     settings: Settings = field(default_factory=Settings)
@@ -85,6 +85,11 @@ class Experiment:
     def title(self) -> str:
         """What results are listed under; runs of one title differ in their seed."""
         return type(self).__name__.upper()
+
+    @property
+    def worldless(self) -> bool:
+        """Whether its data bring all that it needs."""
+        return False
 
     def tokenizer(self, task: Task, settings: Settings) -> SentencePieceTokenizer:
         """The tokenizer of a run that has no starting model."""

@@ -28,7 +28,7 @@ from jraggym.recipes.quickstart import Workshop, shuffled
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
 from jraggym.sources.control import random_source
-from jraggym.sources.human import human_source
+from jraggym.sources.human import human_source, sheet
 from jraggym.sources.llm_judge import LlmJudge, read_tally, tallied
 from jraggym.sources.outcome import outcome_source
 from jraggym.sources.relabel import Decide, bare_decisions, decisions, relabel
@@ -36,6 +36,7 @@ from jraggym.sources.rollouts import RolloutSource
 from jraggym.sources.support import support_source
 from jraggym.text.batching import Row
 from jraggym.training import Run
+from jraggym.whole import write_whole
 
 SOURCES = ("support", "llm", "rollouts", "outcome", "random", "human")
 FAULTS = 5  # of a judge that are shown
@@ -50,7 +51,7 @@ class How:
     metric: str = "em"
     """Outcome of an episode: em or f1 (rollouts, outcome)."""
     sheet: Path | None = None
-    """The jsonl file with the labels (human)."""
+    """The jsonl file with the labels; where there is none, an empty one is written to be filled in (human)."""
     judge: ChatSpec = field(default_factory=lambda: Server("gpt-4o"))
     """The chat model that ranks: a server, or a model on this machine (llm)."""
     retries: int = 2
@@ -118,7 +119,7 @@ def worldless_source(
 ) -> RewardSource:
     """The named source of those that need no world; what a judge was asked is kept in `folder`.
 
-    Raises InputError for an unknown name, or for human labels without a sheet.
+    Raises InputError for an unknown name, for human labels without a sheet, and where the sheet has just been written.
     """
     if name == "outcome":
         return outcome_source(records, how.metric, decide)
@@ -130,6 +131,13 @@ def worldless_source(
         raise InputError("unknown source of rewards", got=repr(name), remedy=f"Use one of {', '.join(SOURCES)}.")
     if how.sheet is None:
         raise InputError("human labels stand in a file", got="none", remedy="Name it with --how.sheet.")
+    if not how.sheet.exists():
+        lines = [line + "\n" for record in records for line in sheet(decide([record]))]
+        if not lines:
+            raise InputError("there is no action to label", got="malformed ones", remedy="Collect with another actor.")
+        write_whole(how.sheet, "".join(lines))
+        remedy = "Put a number from 0 to 1, or null, behind each reward, and give the same command again."
+        raise InputError(f"{how.sheet} is to be filled in", got=f"{len(lines)} actions without labels", remedy=remedy)
     return human_source(how.sheet)
 
 

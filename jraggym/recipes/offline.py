@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -26,7 +26,17 @@ from jraggym.meter import Meter
 from jraggym.model_folder import Model
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.recipes.bench import Bench, left_out
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
+from jraggym.recipes.experiment import (
+    AGENTS,
+    Exam,
+    Experiment,
+    Log,
+    Placed,
+    as_model,
+    critic_on,
+    critic_table,
+    placed_decoder,
+)
 from jraggym.recipes.labelling import judged
 from jraggym.recipes.quickstart import (
     Workshop,
@@ -59,6 +69,10 @@ class Sft(Experiment):
     weighted: bool = False
     """Every candidate, weighted by its reward, instead of the good ones alone."""
 
+    @property
+    def worldless(self) -> bool:
+        return self.dataset == AGENTS and self.model is not None and self.data is not None
+
 
 @dataclass(frozen=True)
 class Dpo(Experiment):
@@ -75,6 +89,10 @@ class Dpo(Experiment):
     below: float = 0.75
     keep_reference: bool = True
     """Compute the reference's log-probabilities once and keep them beside the data, instead of at every step."""
+
+    @property
+    def worldless(self) -> bool:
+        return self.dataset == AGENTS
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,10 @@ class CriticTraining(Experiment):
     likelihood: bool = True
     """Add the trunk's own log-probability of the action to the score; see models/critic.py."""
 
+    @property
+    def worldless(self) -> bool:
+        return self.dataset == AGENTS
+
 
 def objective_of(experiment: Sft | Dpo | CriticTraining, net: Network) -> Objective:
     """What the experiment's steps minimise."""
@@ -108,13 +130,14 @@ def objective_of(experiment: Sft | Dpo | CriticTraining, net: Network) -> Object
     return steps.critic(net, **{name: getattr(experiment, name) for name in names})
 
 
-def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) -> tuple[Model, dict[str, Any]]:
-    """Returns the actor and its evaluation."""
-    ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(shop))
+def train_sft(experiment: Sft, shop: Bench, start: Model | None, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its evaluation, which is empty without a world."""
+    world = cast(Workshop, shop)  # there is one unless the experiment has a starting model and data
+    ready = placed_decoder(experiment, shop, start.weights if start else warm_start_weights(world))
     told: dict[str, Any] = {}
     if experiment.data is None:
         # Of a whole episode most tokens are what came back.
-        batches, share = warm_start_data(shop, demonstrations(shop)), 0.5 if shop.codec.appends else 1.0
+        batches, share = warm_start_data(world, demonstrations(world)), 0.5 if shop.codec.appends else 1.0
     else:
         records = successful(open_dataset(experiment.data))
         batches, share, told = labelled(shop, records), 1.0, left_out(shop, records)
@@ -123,8 +146,8 @@ def train_sft(experiment: Sft, shop: Workshop, start: Model | None, log: Log) ->
     return model, result | told
 
 
-def train_dpo(experiment: Dpo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
-    """Returns the actor and its evaluation."""
+def train_dpo(experiment: Dpo, shop: Bench, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its evaluation, which is empty without a world."""
     ready = placed_decoder(experiment, shop, start.weights)
     records = successful(open_dataset(experiment.data))
     rows = preferences(shop, records)
@@ -140,12 +163,12 @@ def _run(experiment: Sft | Dpo | CriticTraining, ready: Placed, batches: BatchSo
 
 
 def _actor(
-    experiment: Sft | Dpo, shop: Workshop, ready: Placed, batches: BatchSource, log: Log
+    experiment: Sft | Dpo, shop: Bench, ready: Placed, batches: BatchSource, log: Log
 ) -> tuple[Model, dict[str, Any]]:
     run = _run(experiment, ready, batches)
     trained = fit_logged(experiment, shop, run, ready.weights, log)
     weights = ready.whole(trained)
-    result = Exam(experiment, shop).score(weights)
+    result = Exam(experiment, shop).score(weights) if isinstance(shop, Workshop) else {}
     return as_model(shop, "actor", weights, result, ready.adapters(trained)), result
 
 
@@ -172,7 +195,7 @@ def reference_program(net: Network) -> Any:
     return jax.jit(lambda weights, batch: whole.logprobs(weights, batch))
 
 
-def with_reference(shop: Workshop, ready: Placed, rows: Items[Row]) -> Items[Row]:
+def with_reference(shop: Bench, ready: Placed, rows: Items[Row]) -> Items[Row]:
     """The rows with the frozen decoder's log-probabilities, computed once and kept in `out`/reference-*.npy."""
 
     def digest(i: int) -> bytes:

@@ -30,7 +30,7 @@ from jraggym.retrieval.milvus_collection import PACE, Milvus
 from jraggym.retrieval.presets import fused, preset_of, preset_retriever
 from jraggym.scripted import Lookup
 
-_PATHS = ("data_dir", "corpus", "encoder", "encoder_documents")
+_PATHS = ("data_dir", "corpus", "encoder", "encoder_documents")  # that `deciding` tells of
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Qa:
     """Folder of the preset's encoder."""
     encoder_documents: Path | None = None
     """Folder of the documents' encoder, where it is another one."""
+    vectors: Path | None = None
+    """Folder where the corpus's vectors are kept, for all evaluations that name it; without one, in `out`."""
     documents: int = 32
     """A search brings so many."""
 
@@ -80,7 +82,7 @@ def deciding(qa: Qa) -> dict[str, Any]:
     found["rules"] = {name: value for name, value in found["rules"].items() if name not in ("timeout", "slots")}
     milvus = {name: value for name, value in found.pop("milvus").items() if name not in PACE}
     found |= {"milvus": milvus} if qa.retriever == "milvus" else {}
-    return {name: value for name, value in found.items() if name != "out"}
+    return {name: value for name, value in found.items() if name not in ("out", "vectors")}
 
 
 def evaluated(out: Path) -> Qa:
@@ -135,7 +137,11 @@ def open_questions(qa: Qa) -> QuestionSet:
 
 
 def open_retriever(qa: Qa, corpus: Corpus, out: Path) -> Lookup:
-    """From queries to `qa.documents` documents each; vectors are kept in `out`. Raises InputError as its parts do."""
+    """From queries to `qa.documents` documents each; vectors are kept in `qa.vectors`, or in `out`.
+
+    Raises InputError as its parts do.
+    """
+    vectors = qa.vectors or out / "vectors"
     milvus = qa.milvus if qa.retriever == "milvus" else None
     found: QueryRetriever
     if not len(corpus) and (milvus is None or qa.agent in ("direct", "cot")):
@@ -146,9 +152,9 @@ def open_retriever(qa: Qa, corpus: Corpus, out: Path) -> Lookup:
         if qa.encoder is None:
             raise InputError("the preset's encoder is missing", got="no --encoder", remedy="Add --encoder FOLDER.")
         folders = (qa.encoder, qa.encoder_documents)
-        found = preset_retriever(preset_of(qa.benchmark), corpus, *folders, vectors=out / "vectors", milvus=milvus)
+        found = preset_retriever(preset_of(qa.benchmark), corpus, *folders, vectors=vectors, milvus=milvus)
     else:
-        found = fused(BertEncoder.load(minilm_path()), corpus, vectors=out / "vectors", milvus=milvus)
+        found = fused(BertEncoder.load(minilm_path()), corpus, vectors=vectors, milvus=milvus)
     return even_batches(lambda queries: found(queries, qa.documents))
 
 
