@@ -1,7 +1,9 @@
 """From an agent's episodes to a critic that picks its steps: collected, labelled, trained, opened as a scorer."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -205,6 +207,32 @@ def test_a_critic_is_trained_and_picks_on_the_same_bytes(root, collected, traine
     ):
         shown = [c.score for c in episode.trajectory.steps[number].candidates]
         assert shown == pytest.approx(found[f"{example.id}/{number}"].tolist(), abs=1e-4)
+
+
+def test_the_notebook_of_the_readme(root, llama, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S) if "label_agent(" in b)
+    for module in (critic_agents, dpo_agents):
+        told = module.EXPERIMENT
+        settings = replace(told.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
+        settings = replace(settings, model=replace(settings.model, dtype="float32"))
+        few = {"lora": Lora(2, leaves=("q",)), "parts": 1, "optimization": Optimization(1, 0.0, rate=1e-2, warmup=0)}
+        monkeypatch.setattr(module, "EXPERIMENT", replace(told, settings=settings, **few))
+
+    def models(qa):
+        scorer = None if qa.critic is None else open_scorer(Local(qa.critic, max_prompt=LONGEST))
+        return Scripted(actor), scorer, None
+
+    monkeypatch.setattr(eval.qa, "open_models", models)
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/my-checkpoint").symlink_to(llama)
+    exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.count("12 questions") == 2
+    assert "'pair_accuracy'" in said
+    assert "ReAct" in Path("runs/page.html").read_text()
+    assert (tmp_path / "runs/dpo/model").is_dir()
 
 
 def test_records_hold_the_chat_that_the_agent_asked(collected, labels):

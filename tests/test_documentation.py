@@ -143,8 +143,8 @@ def test_the_record_is_the_one_of_the_code():
     assert [line.split()[0] for line in block.splitlines()[1:]] == list(ProcessBatch.__dataclass_fields__)
 
 
-# The example that asks a server runs in test_ask.py, with a scripted model in its place.
-PYTHON = [block for language, block in BLOCKS if language == "python" and "open_chat(" not in block]
+# What asks a server runs in test_ask.py and test_agent_critic.py, with a scripted model in its place.
+PYTHON = [block for language, block in BLOCKS if language == "python" and "Server(" not in block]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))

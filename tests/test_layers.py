@@ -26,6 +26,7 @@ ROWS = {
         0,
     ),
     **dict.fromkeys(("jraggym.preemption", "jraggym.history", "jraggym.clock", "jraggym.watch"), 0),
+    "jraggym.data.lazy": 0,
     "jraggym.meter": 2,
     **dict.fromkeys(("jraggym.text.batching", "jraggym.text.chat", "jraggym.retrieval.dense"), 2),
     "jraggym.text.grouping": 2,
@@ -46,7 +47,7 @@ ROWS = {
     **dict.fromkeys((f"jraggym.{name}" for name in ("checkpoint", "evaluation", "collection", "scripted")), 3),
     **dict.fromkeys(("jraggym.agent_episodes", "jraggym.agent_records", "jraggym.episode_log", "jraggym.ask"), 3),
     "jraggym.launching*": 1,
-    "jraggym.evidence.training": 3,  # built on the episodes of row 2
+    **dict.fromkeys(("jraggym.evidence.training", "jraggym.evidence.limits"), 3),  # built on the episodes of row 2
     "jraggym.evidence*": 2,
     "jraggym.sources*": 3,
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
@@ -190,6 +191,7 @@ SIBLINGS = [
     ("jraggym.planning.costs", "jraggym.planning.hlo"),
     ("jraggym.planning.plan", "jraggym.planning.programs"),
     ("configs.llama_70b", "configs.llama_8b"),
+    ("configs.*_agents", "configs.critic_agents"),
     ("train.*", "train.results"),
     ("train.*", "train.job"),
     ("train.*", "eval.report"),
