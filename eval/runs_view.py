@@ -87,7 +87,14 @@ def build(runs: Sequence[Run], trajectories: int = 12) -> dict[str, Any]:
         ],
         "rows": _rows(runs, columns, paper),
         "runs": [
-            {**run.results, "name": run.name, "title": titles[run.column], "folder": str(run.folder)} for run in runs
+            {
+                **run.results,
+                "name": run.name,
+                "title": titles[run.column],
+                "folder": str(run.folder),
+                "paper_searches": _searches(run, paper),
+            }
+            for run in runs
         ],
         "tests": [(titles[column], list(_tests([run for run in runs if run.column == column]))) for column in columns],
         "paper": paper,
@@ -103,21 +110,40 @@ def _order(run: Run) -> int:
 
 
 def _rows(runs: Sequence[Run], columns: Sequence[tuple[str, str]], paper: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method, agent and model, with the paper's figures for that method and agent."""
-    theirs = {(row["method"], row["agent"]): row for row in paper["main"]}  # version 2 comes after version 1
+    """A row for each method, agent and model, with the paper's figures for them (see `_theirs`)."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         name = (run.results["method"], run.results["agent"], run.results["model"])
         free = (row for row in rows if row["key"] == name and run.column not in row["runs"])
         row = next(free, None)
         if row is None:  # a second evaluation of the same name on the same data set has a row of its own
-            rows.append(row := {"key": name, "name": run.name, "runs": {}, "published": theirs.get(name[:2])})
+            rows.append(row := {"key": name, "name": run.name, "runs": {}, "published": _theirs(run, paper)})
         row["runs"][run.column] = run
     for row in rows:
         row["cells"] = [_cell(row["runs"].get(column), column, row["published"], paper) for column in columns]
         row["average"] = _average(row["runs"], paper)
         row["folder"] = ", ".join(str(run.folder) for run in row["runs"].values())
     return rows
+
+
+def _theirs(run: Run, paper: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The paper's row: of an actor that a critic was carried over to, by model; else of the method and agent."""
+    results = run.results
+    carried = results["agent"] == "re2search"
+    for row in paper["transfer"]:
+        with_critic = row["method"] != "zero-shot"
+        if carried and row["model"].lower() == results["model"].lower() and with_critic == bool(results.get("critic")):
+            return {**row, "average": (None, row["average_f1"])}
+    rows = [row for row in paper["main"] if (row["method"], row["agent"]) == (results["method"], results["agent"])]
+    return rows[-1] if rows else None  # version 2 comes after version 1
+
+
+def _searches(run: Run, paper: Mapping[str, Any]) -> float | None:
+    """The paper's searches a question, which it tells of Re2Search alone."""
+    results, (name, split) = run.results, run.column
+    means = {row["method"]: row["means"] for row in paper["searches"]}.get(results["method"], {})
+    told = results["agent"] == "re2search" and paper["splits"].get(name, (None,))[0] == split
+    return means.get(name) if told else None
 
 
 def _cell(run: Run | None, column: tuple[str, str], theirs: Any, paper: Mapping[str, Any]) -> dict[str, Any] | None:
