@@ -89,21 +89,25 @@ def run_agent(
     summariser: Summariser | None = None,
     scorer: Scorer | None = None,
     source: RewardSource | None = None,
+    starts: Sequence[State] | None = None,
     report: Callable[[int], None] | None = None,
     done: Callable[[int, Episode], None] | None = None,
 ) -> list[Episode]:
     """Runs the agent on each example, and gives their episodes in order.
 
-    With a `source` all candidates' searches are carried out and labelled, without one only the executed one's. `done`
-    gets each episode's number and the episode as soon as it ends, `report` the number of ended ones after every turn.
-    A failed call of the model is a malformed turn, a failed search or digest an error of its turn: all are counted.
+    Episodes go on from `starts`, by default from the questions. With a `source` all candidates' searches are carried
+    out and labelled, without one only the executed one's. `done` gets each episode's number and the episode as soon as
+    it ends, `report` the number of ended ones after every turn. A failed call of the model is a malformed turn, a
+    failed search or digest an error of its turn: all are counted.
 
     Raises:
       InputError: the agent reads digests and there is no summariser, or what `rules.select` goes by is missing.
     """
     _check(agent, rules, summariser, scorer, source)
     names = episode_names(examples)
-    runs = [_Run(i, name, e, State(e.question)) for i, (name, e) in enumerate(zip(names, examples, strict=True))]
+    starts = [State(example.question) for example in examples] if starts is None else starts
+    both = zip(names, examples, starts, strict=True)
+    runs = [_Run(i, name, example, state) for i, (name, example, state) in enumerate(both)]
     ended: dict[int, Episode] = {}
     while opened := list(islice((run for run in runs if run.index not in ended), rules.slots)):
         stop_if_asked()

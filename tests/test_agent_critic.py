@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models import auto
 
 import eval.qa
+import jraggym.recipes.agent_labels
 import jraggym.recipes.labelling
 import jraggym.recipes.offline
 from configs import critic_agents, dpo_agents, sft_agents, sft_synthhop
@@ -287,10 +288,32 @@ def test_a_chat_model_and_the_outcome_label_too(root, collected, labels, monkeyp
     capsys.readouterr()
 
 
+def test_roll_outs_of_an_agent(root, collected, monkeypatch, capsys):
+    gold = {example.question: example.answers[0] for example, _ in EpisodeLog(collected.out / "episodes.jsonl").read()}
+
+    def plays_on(request):
+        """Answers rightly where it sees a document, else wrongly."""
+        assert (request.candidates, request.temperature) == (1, 1.0)
+        question = request.messages[1].content.split("### Question\n")[1].split("\n")[0]
+        right = "\n[1] " in request.messages[1].content
+        return format_output({ANSWER: gold[question] if right else "no"}, {REASONING: "So."})
+
+    model = Scripted(plays_on)
+    monkeypatch.setattr(jraggym.recipes.agent_labels, "open_chat", lambda spec, cache: model)
+    found = label_agent(AgentLabel(root / "rollouts", collected.out, "rollouts", How(continuations=2)))
+    records = list(open_dataset(found["data"]))
+    first = [[c.reward for c in record.candidates] for record in records if not record.state.turns]
+    assert first, "a search brings a document, an answer is wrong, and what is malformed is asked again without one"
+    assert all(rewards == [1.0, 0.0, 0.0] for rewards in first)
+    assert {record.provenance.judge for record in records} == {"rollouts"}
+    names = [(request.seed, request.messages) for request in model.requests]
+    assert len(names) == len(set(names)), "every continuation draws for itself"
+    capsys.readouterr()
+
+
 def test_what_cannot_be_is_refused(root, collected, labels, llama, tmp_path):
     for fields, said in (
         ({"data": tmp_path}, "holds no evaluation"),
-        ({"rewards": "rollouts"}, "embedded world alone"),
         ({"rewards": "suport"}, "unknown source of rewards"),
         ({"rewards": "human"}, "human labels stand in a file"),
         ({"rewards": "outcome", "how": How(metric="bleu")}, "unknown outcome"),

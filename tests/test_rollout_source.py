@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from toy_world import toy_codec, toy_examples, toy_retriever
 
+from jraggym.agents.digests import Digest
 from jraggym.environment import outcome, transition
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
@@ -14,7 +15,7 @@ from jraggym.labelling import Decision
 from jraggym.models.decoder import DecoderConfig, init, specs
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
-from jraggym.sources.rollouts import RolloutSource
+from jraggym.sources.rollouts import RolloutSource, policy_rollouts
 from jraggym.types import Answer, Malformed, Search, State, Turn
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -91,14 +92,14 @@ def test_a_start_that_is_none_is_refused(rollout, starts, got):
 
 
 def test_a_policy_that_is_always_right_makes_every_search_worth_1(retriever, decisions):
-    source = RolloutSource(make(retriever, actions=("<answer> Port Selby</answer>",)), POLICY, KEY, continuations=2)
+    source = policy_rollouts(make(retriever, actions=("<answer> Port Selby</answer>",)), POLICY, KEY, continuations=2)
     early, last = source([decisions[0], decisions[3]])
     assert early == (1.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     assert last == (0.0, 1.0, 0.0, 0.0, 0.0, 0.0), "on the last turn only the answer counts"
 
 
 def test_a_policy_that_is_always_wrong_leaves_the_right_answer_alone(retriever, decisions):
-    source = RolloutSource(make(retriever, actions=("<answer> Port Morn</answer>",)), POLICY, KEY, continuations=1)
+    source = policy_rollouts(make(retriever, actions=("<answer> Port Morn</answer>",)), POLICY, KEY, continuations=1)
     assert source(decisions[:1]) == [(0.0, 1.0, 0.0, 0.0, 0.0, 0.0)]
     assert replace(source, metric="f1")(decisions[:1]) == [(0.5, 1.0, 0.5, 0.0, 0.5, 0.5)]
 
@@ -106,7 +107,7 @@ def test_a_policy_that_is_always_wrong_leaves_the_right_answer_alone(retriever, 
 def test_the_worth_is_the_mean_outcome_of_the_policys_own_episodes(rollout, decisions):
     """Against plain episodes under names of their own: the same chance of success."""
     (decision,), m = decisions[1:2], 160
-    rewards = RolloutSource(rollout, POLICY, KEY, continuations=m)([decision])[0]
+    rewards = policy_rollouts(rollout, POLICY, KEY, continuations=m)([decision])[0]
     assert 0.1 < rewards[0] < 0.9
     for place in (0, 2, 4):
         documents = decision.found[place] or ()
@@ -118,24 +119,45 @@ def test_the_worth_is_the_mean_outcome_of_the_policys_own_episodes(rollout, deci
 
 
 def test_the_worth_does_not_depend_on_batch_or_order(rollout, decisions):
-    source = RolloutSource(rollout, POLICY, KEY, continuations=3)
+    source = policy_rollouts(rollout, POLICY, KEY, continuations=3)
     together = source(decisions)
     assert together == [source([decision])[0] for decision in decisions]
     assert together[::-1] == source(decisions[::-1])
     assert all(row[0] == row[5] for row in together), "equal actions are worth the same"
     assert {reward for row in together for reward in row} >= {0.0, 1.0}
     assert any(0 < reward < 1 for row in together for reward in row)
-    assert together != replace(source, key=jax.random.key(6))(decisions)
+    assert together != policy_rollouts(rollout, POLICY, jax.random.key(6), continuations=3)(decisions)
     assert source([]) == []
+
+
+def test_states_hold_digests_and_what_fails_is_unlabelled(decisions):
+    started = []
+
+    def play(examples, starts):
+        assert len({example.id for example in examples}) == len(examples), "names decide draws"
+        started.extend(starts)
+        ends = [transition(start, RIGHT if start.turns[-1].digest else WRONG, max_turns=4) for start in starts]
+        failed = [i % 2 or "coast" in start.turns[-1].action.query for i, start in enumerate(starts)]
+        return [None if fault else end for fault, end in zip(failed, ends, strict=True)]
+
+    def read(asked):
+        assert len(set(asked)) == len(asked), "each digest is asked for once"
+        return [Digest(None, error="down") if "Ada" in query else Digest(f"told of {query}") for _, query, _ in asked]
+
+    first = replace(decisions[0], actions=(*decisions[0].actions[:4], Search("Ada novels"), Search("Morn mayor")))
+    first = replace(first, found=(*first.found[:4], first.found[0], first.found[5]))
+    (rewards,) = RolloutSource(play, 4, continuations=2, read=read)([first])
+    assert rewards == (1.0, 1.0, None, 0.0, None, 1.0)
+    assert {start.turns[-1].digest for start in started} == {"told of Morn mayor", "told of coast weather"}
 
 
 def test_a_search_whose_documents_are_not_known_is_unlabelled(rollout, decisions):
     unknown = replace(decisions[0], found=(None,) * 6)
-    (rewards,) = RolloutSource(rollout, POLICY, KEY, continuations=1)([unknown])
+    (rewards,) = policy_rollouts(rollout, POLICY, KEY, continuations=1)([unknown])
     assert [reward is None for reward in rewards] == [True, False, True, False, False, True]
     assert rewards[1::2][:2] == (1.0, 0.0)
 
 
 def test_no_continuation_is_refused(rollout):
     with pytest.raises(InputError, match="roll-outs need continuations; got 0"):
-        RolloutSource(rollout, POLICY, KEY, continuations=0)
+        policy_rollouts(rollout, POLICY, KEY, continuations=0)

@@ -245,5 +245,5 @@ def plain(experiment: Any) -> dict[str, Any]:
     """The fields that decide the result, up to rounding: a job may go on on other devices."""
     found = dataclasses.asdict(experiment)
     if hasattr(experiment, "how"):
-        found["how"]["judge"] = settings_of(experiment.how.judge)
+        found["how"] |= {name: settings_of(getattr(experiment.how, name)) for name in ("judge", "actor")}
     return {key: value for key, value in found.items() if key not in ("out", "wandb", "every", "hosts", "devices")}

@@ -3,8 +3,9 @@
     python -m train.label synthhop --rewards llm --how.judge.model gpt-4o --how.judge.key-variable OPENAI_API_KEY
     python -m train.label synthhop-local --rewards llm --how.judge.model models/my-checkpoint
     python -m train.label agents --data runs/qa --how.judge.model gpt-4o --how.judge.key-variable OPENAI_API_KEY
+    python -m train.label agents --data runs/qa --rewards rollouts --how.actor.model gpt-4o-mini
 
-The judge is behind an OpenAI-compatible server (--how.judge.base-url), or with `-local` a model on this machine.
+The judge, and the actor that goes on from an agent's candidates, are behind an OpenAI-compatible server (--how.judge.base-url), or with `-local` models on this machine.
 `agents` labels what an agent of eval.qa proposed, for `train.critic agents`. A killed job that is started again asks
 for nothing that was answered; at its end it tells what the judge was asked, failed to rank, and cost.
 
@@ -34,8 +35,8 @@ EXPERIMENTS: dict[str, tuple[str, Any]] = {
 }
 EXPERIMENTS |= {  # a command line cannot turn one kind of chat model into the other
     f"{name}-local": (
-        f"{about}; the judge of llm is on this machine",
-        replace(experiment, how=replace(experiment.how, judge=Local("runs/export"))),
+        f"{about}; the chat models are on this machine",
+        replace(experiment, how=replace(experiment.how, judge=Local("runs/export"), actor=Local("runs/export"))),
     )
     for name, (about, experiment) in EXPERIMENTS.items()
 }

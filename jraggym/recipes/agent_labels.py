@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jraggym.agent_episodes import run_agent
 from jraggym.agent_records import agent_decisions, agent_records
 from jraggym.agents import AGENTS
+from jraggym.agents.digests import Summariser
+from jraggym.chats.opening import open_chat
 from jraggym.data.process import ChunkStore, ProcessRecord, Provenance, build_dataset
 from jraggym.data.process.record import encode
 from jraggym.episode_log import EpisodeLog
@@ -18,9 +22,11 @@ from jraggym.errors import InputError
 from jraggym.labelling import RewardSource
 from jraggym.recipes.labelling import How, found_labels, worldless_source
 from jraggym.recipes.qa import Qa, evaluated, open_questions, open_retriever
+from jraggym.scripted import Lookup
 from jraggym.sources.relabel import relabel
+from jraggym.sources.rollouts import RolloutSource
 from jraggym.sources.support import support_source
-from jraggym.types import Example
+from jraggym.types import Example, State
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,10 @@ class AgentLabel:
     data: Path = Path("runs/qa")
     """Folder of the evaluation (eval.qa), with --rules.candidates above 1."""
     rewards: str = "llm"
-    """llm, support, outcome, random or human; see jraggym/sources."""
+    """llm, support, rollouts, outcome, random or human; see jraggym/sources."""
     how: How = field(default_factory=How)
     seed: int = 0
-    """Of the judge's orders, and of random."""
+    """Of the judge's orders, of roll-outs, and of random."""
 
 
 def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any], None]) -> dict[str, Any]:
@@ -54,9 +60,6 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     if not records:
         remedy = "Name the folder of an evaluation by eval.qa."
         raise InputError(f"no candidate in {experiment.data}", got=f"{len(examples)} episodes", remedy=remedy)
-    if name == "rollouts":
-        remedy = "Use --rewards llm, support or outcome."
-        raise InputError("roll-outs continue in the embedded world alone", got="an evaluation", remedy=remedy)
     folder = experiment.out / "labels" / name
     decide = functools.partial(agent_decisions, agent=AGENTS[qa.agent], examples=examples, max_turns=qa.rules.max_turns)
     notes: tuple[str, ...] = ()
@@ -64,6 +67,9 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     if name == "support":
         source, (retriever, notes) = support_of(examples.values()), _searches(qa)
         decide = functools.partial(decide, retriever=retriever)
+    elif name == "rollouts":
+        retriever, notes = _searches(qa)
+        source, decide = _rollouts(experiment, qa, retriever, folder), functools.partial(decide, retriever=retriever)
     else:
         source = worldless_source(name, records, experiment.how, experiment.seed, folder, decide)
     store = ChunkStore(folder / "chunks", {"source": name, "records": _digest(records)})
@@ -84,6 +90,21 @@ def _searches(qa: Qa) -> tuple[Any, tuple[str, ...]]:
     """The evaluation's retriever, and the notes on its questions."""
     questions = open_questions(qa)
     return open_retriever(qa, questions.corpus, qa.out), questions.notes
+
+
+def _rollouts(experiment: AgentLabel, qa: Qa, retriever: Lookup, folder: Path) -> RewardSource:
+    """Roll-outs of the evaluation's agent by a chat model, at the evaluation's temperature, or at 1 if that is 0."""
+    how, agent = experiment.how, AGENTS[qa.agent]
+    model = open_chat(how.actor, folder / "answers.sqlite")
+    rules = dataclasses.replace(qa.rules, candidates=1, select="first", seed=experiment.seed)
+    rules = dataclasses.replace(rules, temperature=rules.temperature or 1.0)
+    reader = Summariser(model, how.actor.model, path=folder / "digests.jsonl")
+
+    def play(examples: Sequence[Example], starts: Sequence[State]) -> list[State | None]:
+        episodes = run_agent(agent, model, examples, retriever, rules, summariser=reader, starts=starts)
+        return [None if episode.costs.errors else episode.trajectory.final for episode in episodes]
+
+    return RolloutSource(play, rules.max_turns, how.continuations, how.metric, reader if agent.digests else None)
 
 
 def _digest(records: list[ProcessRecord]) -> str:

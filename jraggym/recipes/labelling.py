@@ -32,7 +32,7 @@ from jraggym.sources.human import human_source, sheet
 from jraggym.sources.llm_judge import LlmJudge, read_tally, tallied
 from jraggym.sources.outcome import outcome_source
 from jraggym.sources.relabel import Decide, bare_decisions, decisions, relabel
-from jraggym.sources.rollouts import RolloutSource
+from jraggym.sources.rollouts import policy_rollouts
 from jraggym.sources.support import support_source
 from jraggym.text.batching import Row
 from jraggym.training import Run
@@ -54,6 +54,8 @@ class How:
     """The jsonl file with the labels; where there is none, an empty one is written to be filled in (human)."""
     judge: ChatSpec = field(default_factory=lambda: Server("gpt-4o"))
     """The chat model that ranks: a server, or a model on this machine (llm)."""
+    actor: ChatSpec = field(default_factory=lambda: Server("gpt-4o-mini"))
+    """The chat model that goes on from an agent's candidates (rollouts, of agents)."""
     retries: int = 2
     """A failed ranking is asked for so often again, and is then unlabelled (llm)."""
     show_gold: bool = False
@@ -108,7 +110,7 @@ def source_of(shop: Workshop, name: str, records: Iterable[ProcessRecord], actor
     if name == "support":
         return support_source(shop.task.judge)
     if name == "rollouts":
-        return RolloutSource(
+        return policy_rollouts(
             continuing(shop), Policy(shop.config, actor), shop.key(name), how.continuations, how.metric
         )
     return worldless_source(name, records, how, shop.settings.seed, _folder(shop, name))
