@@ -4,7 +4,8 @@
     python -m eval.agreement --data runs/collect/data/data/dataset --left runs/label/labels/rollouts/dataset
 
 A source is `stored` (the labels in the data), `outcome`, `random`, a jsonl file of human labels, or a dataset of the
-same records under other labels, which is what `train.label` writes for sources that need a world or a model.
+same records under other labels, which is what `train.label` writes for sources that need a world or a model. Of chats
+only their agent can tell what a candidate does: `outcome`, `random` and human labels of these need --episodes.
 
 Counted are the distinct candidates that both have labelled. A pair of one state that the right source tells apart is
 right where the left one orders it alike, and half right where the left one has a tie. Top-1 is the chance that the
@@ -26,10 +27,11 @@ import tyro
 
 from jraggym.data.process import ProcessRecord, ProcessSource, open_dataset
 from jraggym.errors import InputError, exit_on_input_error
+from jraggym.recipes.agent_labels import decisions_of
 from jraggym.sources.control import random_source
 from jraggym.sources.human import human_source
 from jraggym.sources.outcome import outcome_source
-from jraggym.sources.relabel import bare_decisions
+from jraggym.sources.relabel import Decide, bare_decisions
 
 Labels = list[tuple[float | None, ...]]  # by record and candidate
 SAMPLES = 2_000  # bootstrap samples
@@ -48,21 +50,28 @@ class Arguments:
     """The same choice: the side that is taken for right."""
     metric: str = "em"
     """Outcome of an episode: em or f1."""
+    episodes: Path | None = None
+    """The evaluation by eval.qa that the data are of, where they are an agent's chats."""
     seed: int = 0
     """Of the random source and of the intervals."""
 
 
-def labels_of(name: str, data: ProcessSource, metric: str = "em", seed: int = 0) -> Labels:
-    """The rewards of the named source for every record; InputError where it is none, or of other records."""
+def labels_of(
+    name: str, data: ProcessSource, metric: str = "em", seed: int = 0, decide: Decide = bare_decisions
+) -> Labels:
+    """The rewards of the named source for every record; InputError where it is none, or of other records.
+
+    `decide` tells what candidates do: by default actions in tags, for chats `decisions_of` their evaluation.
+    """
     records = list(data)
     if name == "stored":
         return [tuple(c.reward for c in record.candidates) for record in records]
     if name == "outcome":
-        return outcome_source(records, metric)(bare_decisions(records))
+        return outcome_source(records, metric, decide)(decide(records))
     if name == "random":
-        return random_source(seed)(bare_decisions(records))
+        return random_source(seed)(decide(records))
     if name.endswith(".jsonl"):
-        return human_source(name)(bare_decisions(records))
+        return human_source(name)(decide(records))
     if not Path(name).is_dir():
         remedy = "Use stored, outcome, random, a .jsonl file, or a dataset of train.label."
         raise InputError("unknown source of rewards", got=repr(name), remedy=remedy)
@@ -162,8 +171,9 @@ def _shown(share: float | None) -> str:
 def main(arguments: Arguments) -> None:
     """Prints the table."""
     data = open_dataset(arguments.data)
+    decide: Decide = bare_decisions if arguments.episodes is None else decisions_of(arguments.episodes)
     left, right = (
-        labels_of(name, data, arguments.metric, arguments.seed) for name in (arguments.left, arguments.right)
+        labels_of(name, data, arguments.metric, arguments.seed, decide) for name in (arguments.left, arguments.right)
     )
     print(table(agree(list(data), left, right, arguments.seed)))
 

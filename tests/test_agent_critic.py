@@ -21,6 +21,7 @@ import jraggym.recipes.agent_labels
 import jraggym.recipes.labelling
 import jraggym.recipes.offline
 from configs import critic_agents, dpo_agents, sft_agents, sft_synthhop
+from eval import agreement
 from eval.agreement import labels_of
 from jraggym.agent_episodes import AgentRules
 from jraggym.agents.output import ANSWER, QUERY, REASONING, format_output
@@ -34,7 +35,7 @@ from jraggym.errors import InputError
 from jraggym.model_folder import load_model
 from jraggym.models.lora import Lora
 from jraggym.porting.pretrained import open_model
-from jraggym.recipes.agent_labels import AgentLabel
+from jraggym.recipes.agent_labels import AgentLabel, decisions_of
 from jraggym.recipes.bench import Bench, record_row
 from jraggym.recipes.critic_exam import score_records
 from jraggym.recipes.labelling import How
@@ -283,6 +284,10 @@ def test_a_chat_model_and_the_outcome_label_too(root, collected, labels, monkeyp
         assert record.candidates[record.chosen].reward == record.em
     source = open_dataset(labels)
     assert labels_of(outcome["data"], source) != labels_of("stored", source), "datasets can be compared"
+    assert labels_of("outcome", source, decide=decisions_of(collected.out)) == labels_of(outcome["data"], source)
+    capsys.readouterr()
+    agreement.main(agreement.Arguments(Path(labels), "random", str(person.how.sheet), episodes=collected.out))
+    assert "| all |" in capsys.readouterr().out
     with pytest.raises(InputError, match="candidates of an agent are no actions in tags; got chats"):
         labels_of("outcome", source)
     capsys.readouterr()

@@ -5,9 +5,10 @@
     python -m train.label agents --data runs/qa --how.judge.model gpt-4o --how.judge.key-variable OPENAI_API_KEY
     python -m train.label agents --data runs/qa --rewards rollouts --how.actor.model gpt-4o-mini
 
-The judge, and the actor that goes on from an agent's candidates, are behind an OpenAI-compatible server (--how.judge.base-url), or with `-local` models on this machine.
-`agents` labels what an agent of eval.qa proposed, for `train.critic agents`. A killed job that is started again asks
-for nothing that was answered; at its end it tells what the judge was asked, failed to rank, and cost.
+The judge, and the actor that goes on from an agent's candidates, are behind OpenAI-compatible servers
+(--how.judge.base-url), or with `-local` models on this machine. `agents` labels what an agent of eval.qa proposed, for
+`train.critic agents`. A killed job that is started again asks for nothing that was answered; at its end it tells what
+the judge was asked, failed to rank, and cost.
 
 The experiments are the files configs/label_*.py; `python -m train.label synthhop --help` lists every field.
 """

@@ -23,7 +23,7 @@ from jraggym.labelling import RewardSource
 from jraggym.recipes.labelling import How, found_labels, worldless_source
 from jraggym.recipes.qa import Qa, evaluated, open_questions, open_retriever
 from jraggym.scripted import Lookup
-from jraggym.sources.relabel import relabel
+from jraggym.sources.relabel import Decide, relabel
 from jraggym.sources.rollouts import RolloutSource
 from jraggym.sources.support import support_source
 from jraggym.types import Example, State
@@ -76,6 +76,16 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     done = functools.partial(_report, report, f"label, {name}", len(examples))
     labelled = relabel(records, source, store, name=name, decide=decide, report=done)
     return {**found_labels(build_dataset(folder / "dataset", labelled), folder, name), "notes": list(notes)}
+
+
+def decisions_of(evaluation: Path) -> Decide:
+    """What the candidates of an evaluation's episodes do, as its agent reads them; nothing of what searches brought.
+
+    Raises InputError where there is no evaluation.
+    """
+    qa, log = evaluated(evaluation), EpisodeLog(evaluation / "episodes.jsonl")
+    examples = {example.id: example for example, _ in log.read()}
+    return functools.partial(agent_decisions, agent=AGENTS[qa.agent], examples=examples, max_turns=qa.rules.max_turns)
 
 
 def support_of(examples: Collection[Example]) -> RewardSource:
