@@ -23,12 +23,12 @@ reasoning reflection     -      -   -   -     -         x"""
 
 
 def play(name):
-    """The requests of an agent whose model says what the trace says, and its episode."""
-    model = replies(*said(name))
+    """The requests of an agent whose model says what the trace says, those of its summariser, and its episode."""
+    model, reader = replies(*said(name)), digest_model()
     agent = AGENTS[name]
-    summariser = Summariser(digest_model()) if agent.digests else None
+    summariser = Summariser(reader) if agent.digests else None
     [episode] = run_agent(agent, model, [EXAMPLE], look_up, AgentRules(MAX_TURNS), summariser=summariser)
-    return model.requests, episode
+    return model.requests, reader.requests, episode
 
 
 def said(name):
@@ -37,20 +37,30 @@ def said(name):
 
 
 def trace(name):
-    """The episode in the form of the files."""
-    requests, episode = play(name)
+    """The episode in the form of the files: a system prompt stands where it is another one than before."""
+    requests, reading, episode = play(name)
     calls, final = iter(zip(requests, said(name), strict=True)), episode.trajectory.final
+    read, before = iter(reading), {"actor": "", "summariser": ""}
     decided = {len(step.state.turns) for step in episode.trajectory.steps}
     lines = []
     for number in range(len(final.turns) + (not final.truncated)):
         if number in decided:
             request, reply = next(calls)
-            system, user = request.messages
-            assert (system.role, user.role) == ("system", "user")
-            lines += [f"== prompt: {system.content.split('.')[0]}", user.content, "== reply", reply]
+            lines += [*asked("actor", request, before), "== reply", reply]
         if number < len(final.turns):
-            lines += turn_lines(final.turns[number])
+            turn = final.turns[number]
+            lines += turn_lines(turn)
+            if turn.digest:
+                lines += [*asked("summariser", next(read), before), f"== digest: {turn.digest}"]
     return "\n".join([*lines, f"== answer: {final.answer}\n"])
+
+
+def asked(who, request, before):
+    """The prompt, with the system's part where it is new."""
+    system, user = request.messages
+    assert (system.role, user.role) == ("system", "user")
+    new, before[who] = system.content != before[who], system.content
+    return [*([f"== {who}, system", system.content] if new else []), f"== {who}, user", user.content]
 
 
 def turn_lines(turn):
@@ -58,8 +68,7 @@ def turn_lines(turn):
         return [f"== malformed: {turn.action.reason}"]
     so_far = f" (so far: {turn.action.so_far})" if turn.action.so_far else ""
     found = " ".join(document.id for document in turn.documents) or "(nothing)"
-    digest = [f"== digest: {turn.digest}"] if turn.digest else []
-    return [f"== search: {turn.action.query}{so_far}", f"== found: {found}", *digest]
+    return [f"== search: {turn.action.query}{so_far}", f"== found: {found}"]
 
 
 @pytest.mark.parametrize("name", AGENTS)
@@ -77,7 +86,7 @@ def test_the_agents_are_made_of_the_components_of_the_paper():
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_each_component_is_seen_in_the_trace(name):
-    requests, episode = play(name)
+    requests, _, episode = play(name)
     final, components = episode.trajectory.final, AGENTS[name].components
     searches = [turn for turn in final.turns if isinstance(turn.action, Search)]
     decided = {len(step.state.turns) for step in episode.trajectory.steps}
@@ -98,11 +107,11 @@ def test_each_component_is_seen_in_the_trace(name):
 
 
 def test_costs_are_those_of_the_trace():
-    requests, episode = play("react")
+    requests, _, episode = play("react")
     costs = episode.costs
     assert (costs.calls, costs.candidates, costs.malformed, costs.errors) == (4, 4, 1, 0)
     assert (costs.searches, costs.digests, costs.dollars) == (2, 0, 1.0)
     assert costs.tokens == sum(len(text.split()) for text in said("react"))
     assert costs.prompt_tokens == sum(len(m.content.split()) for request in requests for m in request.messages)
-    _, episode = play("search_o1")
+    *_, episode = play("search_o1")
     assert (episode.costs.calls, episode.costs.digests, episode.costs.dollars) == (3, 2, 1.25)
