@@ -198,6 +198,38 @@ def test_what_cannot_be_is_refused_before_the_folder_is_claimed(qa, fields, said
     assert not qa.out.exists()
 
 
+CHOICE = {"question": "Which?", "options": {"A": "iron", "B": "zinc"}, "answer": "zinc", "answer_idx": "B"}
+PUBMED = {"QUESTION": "Does it?", "CONTEXTS": ["It did."], "LABELS": ["RESULTS"], "final_decision": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split", "file", "text", "right", "names"),
+    [
+        ("medqa", "test", "test.jsonl", json.dumps(CHOICE), "(B) zinc", {"em", "f1", "cover_em", "accuracy"}),
+        (
+            "pubmedqa",
+            "labelled",
+            "ori_pqal.json",
+            json.dumps({"7": PUBMED}),
+            "Yes.",
+            {"em", "f1", "cover_em", "accuracy"},
+        ),
+        ("bamboogle", "test", "bamboogle.csv", "Question,Answer\nWho was?,Ada\n", "Ada", {"em", "f1", "cover_em"}),
+    ],
+)
+def test_other_benchmarks_are_evaluated_from_their_files(qa, monkeypatch, benchmark, split, file, text, right, names):
+    folder = qa.out.parent / "files"
+    folder.mkdir()
+    (folder / file).write_text(text)
+    (folder / "corpus.jsonl").write_text('{"id": "z", "title": "Zinc", "text": "Zinc is a metal."}\n')
+    asked = dataclasses.replace(qa, benchmark=benchmark, split=split, data_dir=folder, corpus=folder / "corpus.jsonl")
+    scores = play(monkeypatch, asked, Scripted(lambda request: [format_output({ANSWER: right}, SO)] * 2))["metrics"]
+    assert {name: found["mean"] for name, found in scores.items()} == dict.fromkeys(names, 1.0)
+    wrong = dataclasses.replace(asked, out=qa.out.parent / "wrong")
+    scores = play(monkeypatch, wrong, Scripted(lambda request: [format_output({ANSWER: "no idea"}, SO)] * 2))["metrics"]
+    assert scores["em"]["mean"] == 0.0
+
+
 def test_the_key_and_the_cache_decide_nothing(qa):
     first = eval.qa.deciding(dataclasses.replace(qa, chat=Server("m", key_variable="A", concurrency=2)))
     assert first == eval.qa.deciding(dataclasses.replace(qa, chat=Server("m", cache=qa.out)))

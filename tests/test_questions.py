@@ -110,7 +110,8 @@ def test_medqa_shows_the_options_and_keeps_them(tmp_path):
 
 def test_pubmedqa_brings_its_abstract_without_the_conclusion(tmp_path):
     questions = pubmedqa.read_official(document(tmp_path / "ori_pqal.json", {"108": PUBMEDQA}))
-    assert questions.examples == (Example("108", "Does it help?", ("maybe",), support=("108",)),)
+    options = (("yes", "yes"), ("no", "no"), ("maybe", "maybe"))
+    assert questions.examples == (Example("108", "Does it help?", ("maybe",), support=("108",), options=options),)
     abstract = "BACKGROUND: We asked. RESULTS: It helped 7 of 9."
     assert questions.corpus.documents == (Document("108", "PubMed 108", abstract),)
 

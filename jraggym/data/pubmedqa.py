@@ -17,7 +17,7 @@ def read_official(path: str | Path) -> QuestionSet:
     """Reads `ori_pqal.json`, the labelled questions by PubMed id; each one's abstract is its gold document.
 
     The abstract comes without its conclusion, which is the answer in other words, and without the article's title,
-    which is the question: a document's title is "PubMed 10808977".
+    which is the question: a document's title is "PubMed 10808977". Options are yes, no and maybe.
 
     Raises:
       InputError: naming file and record, for a file that is no such json, a missing field or one of another type, a
@@ -39,5 +39,6 @@ def _item(where: str, id: str, record: Any) -> Item:
         got = f"{len(contexts)} contexts, {len(labels)} labels"
         raise InputError(f"{where}: each context needs its label", got=got, remedy="Give PubMedQA questions.")
     text = " ".join(f"{label}: {context.strip()}" for label, context in zip(labels, contexts, strict=True))
-    example = Example(id, record["QUESTION"], (record["final_decision"],), support=(id,))
+    options = tuple((decision, decision) for decision in _DECISIONS)
+    example = Example(id, record["QUESTION"], (record["final_decision"],), support=(id,), options=options)
     return example, (Document(id, f"PubMed {id}", text),)
