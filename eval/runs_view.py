@@ -113,7 +113,7 @@ def _rows(runs: Sequence[Run], columns: Sequence[tuple[str, str]], paper: Mappin
     """A row for each method, agent and model, with the paper's figures for them (see `_theirs`)."""
     rows: list[dict[str, Any]] = []
     for run in runs:
-        name = (run.results["method"], run.results["agent"], run.results["model"])
+        name = (run.results["method"], run.results["agent"], run.results["model"], _picked(run))
         free = (row for row in rows if row["key"] == name and run.column not in row["runs"])
         row = next(free, None)
         if row is None:  # a second evaluation of the same name on the same data set has a row of its own
@@ -127,23 +127,29 @@ def _rows(runs: Sequence[Run], columns: Sequence[tuple[str, str]], paper: Mappin
 
 
 def _theirs(run: Run, paper: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The paper's row: of an actor that a critic was carried over to, by model; else of the method and agent."""
-    results = run.results
-    carried = results["agent"] == "re2search"
-    for row in paper["transfer"]:
-        with_critic = row["method"] != "zero-shot"
-        if carried and row["model"].lower() == results["model"].lower() and with_critic == bool(results.get("critic")):
+    """The paper's row: by model, or as Re2Search++, where a critic was carried over; else by method and agent."""
+    results, picked = run.results, _picked(run)
+    plus = picked and results["method"] == "DPO"  # Re2Search++ is the tuned actor with the critic
+    model = "llama-8b-dpo" if plus else results["model"].lower()
+    for row in paper["transfer"] if results["agent"] == "re2search" else ():
+        if row["model"].lower() == model and (row["method"] != "zero-shot") == picked:
             return {**row, "average": (None, row["average_f1"])}
     rows = [row for row in paper["main"] if (row["method"], row["agent"]) == (results["method"], results["agent"])]
-    return rows[-1] if rows else None  # version 2 comes after version 1
+    return rows[-1] if rows and picked == (results["method"] == "PRM") else None  # version 2 comes after version 1
+
+
+def _picked(run: Run) -> bool:
+    """Whether a critic picked among candidates."""
+    return bool(run.results.get("critic"))
 
 
 def _searches(run: Run, paper: Mapping[str, Any]) -> float | None:
     """The paper's searches a question, which it tells of Re2Search alone."""
     results, (name, split) = run.results, run.column
     means = {row["method"]: row["means"] for row in paper["searches"]}.get(results["method"], {})
-    told = results["agent"] == "re2search" and paper["splits"].get(name, (None,))[0] == split
-    return means.get(name) if told else None
+    theirs = _theirs(run, paper)
+    plain = theirs is not None and "agent" in theirs and theirs["agent"] == "re2search"
+    return means.get(name) if plain and paper["splits"].get(name, (None,))[0] == split else None
 
 
 def _cell(run: Run | None, column: tuple[str, str], theirs: Any, paper: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ Written down before the run: EM rises along both curves, the end above the start
 0, pooled over three seeds. About five minutes a seed on two CPU cores. Writes scaling.svg and results.json into --out,
 and continues an unfinished run.
 
-Found, mean EM of seeds 0, 1, 2 (the warm start alone, greedy: .431): with 1, 2, 4, 8, 16 candidates .434, .487, .557,
-.631, .676, end - start +.242 (+.212 to +.273); with 70, 140, 280, 560 questions .592, .588, .614, .631, end - start
-+.039 (+.019 to +.060). So both gains hold; but the second curve does not rise from 70 to 140 questions.
+Found, mean EM of seeds 0, 1, 2 (the warm start alone, greedy: .464): with 1, 2, 4, 8, 16 candidates .452, .534, .598,
+.652, .692, end - start +.240 (+.211 to +.268); with 70, 140, 280, 560 questions .612, .627, .629, .652, end - start
++.040 (+.020 to +.059). So both gains hold, and both curves rise at every point.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from jraggym.agents.episode import Episode, episode_from_json
 from jraggym.data.process import ProcessRecord, Provenance
 from jraggym.data.process.record import messages_text
 from jraggym.environment import outcome, wants_retrieval
+from jraggym.errors import InputError
 from jraggym.labelling import Decision, Found
 from jraggym.scripted import Lookup
 from jraggym.types import Action, Example, Search, State, to_json
@@ -50,7 +51,12 @@ def agent_decisions(
     max_turns: int,
     retriever: Lookup | None = None,
 ) -> list[Decision]:
-    """The records with their examples and what their candidates would do; with a `retriever`, what searches bring."""
+    """The records with their examples and what their candidates would do; with a `retriever`, what searches bring.
+
+    Raises InputError for a record of a question that is not in `examples`.
+    """
+    if other := sorted({record.example_id for record in records} - examples.keys()):
+        raise InputError("records of other questions", got=", ".join(other[:3]), remedy="Name their evaluation.")
     actions = [_actions(agent, record, max_turns) for record in records]
     queries = [
         [a.query if isinstance(a, Search) and wants_retrieval(record.state, a, max_turns) else None for a in row]

@@ -18,6 +18,7 @@ from jraggym.hosts import fetch, lead, share
 from jraggym.labelling import support_judge
 from jraggym.models.decoder import DecoderConfig, specs
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
+from jraggym.recipes import bench
 from jraggym.recipes.bench import Bench
 from jraggym.recipes.experiment import Placed, critic_on, critic_table
 from jraggym.recipes.offline import held_out, judge_agreement, with_reference
@@ -130,6 +131,7 @@ def stored(mesh, folder, out):
 
     `work` tells which records each process read, to survey them and to train: bool [processes, 2, records].
     """
+    bench.KEPT = 0  # so that each use of a row is a read
     shop = Bench(SETTINGS, toy_codec().tokenizer, out, lambda *told: None)
     records, weights, losses, work = Reads(open_dataset(folder / "dataset")), start(mesh), [], []
     net = Network(CONFIG, mesh=mesh)

@@ -322,6 +322,7 @@ def test_what_cannot_be_is_refused(root, collected, labels, llama, tmp_path):
         ({"rewards": "suport"}, "unknown source of rewards"),
         ({"rewards": "human"}, "human labels stand in a file"),
         ({"rewards": "outcome", "how": How(metric="bleu")}, "unknown outcome"),
+        ({"rewards": "rollouts", "how": How(metric="bleu", actor=Local(str(llama)))}, "unknown outcome"),
     ):
         with pytest.raises(InputError, match=said):
             label_agent(replace(AgentLabel(tmp_path / said, collected.out), **fields))

@@ -115,15 +115,19 @@ def test_an_actor_with_a_carried_critic_stands_beside_the_papers(make):
     runs.append(make("react", [RIGHT] * 4, agent="react", **told))
     found = [row["cells"][0]["paper"] for run in runs for row in build(read_runs([run]), 0)["rows"]]
     assert found == [[43.7, 56.62], [46.4, 59.44], None]
+    tuned = make("++", [RIGHT] * 4, method="DPO", model="runs/dpo/model", critic="runs/critic/model")
+    prm, odd = (make(method, [RIGHT] * 4, method=method, critic="runs/critic/model") for method in ("PRM", "SFT"))
+    found = [build(read_runs([run]), 0) for run in (tuned, prm, odd)]
+    assert [one["rows"][0]["cells"][0]["paper"] for one in found] == [[46.5, 60.19], [44.1, 56.84], None]
+    assert [one["runs"][0]["paper_searches"] for one in found] == [None, None, None]
+    both = build(read_runs([make("plain", [RIGHT] * 4, method="DPO"), tuned]), 0)["rows"]
+    assert len(both) == 2
 
 
 def test_searches_stand_beside_the_papers(make):
-    runs = [
-        make("a", [RIGHT] * 4, method="DPO"),
-        make("b", [RIGHT] * 4, agent="react"),
-        make("c", [RIGHT] * 4, split="dev"),
-    ]
-    assert [run["paper_searches"] for run in build(read_runs(runs), 0)["runs"]] == [3.2, None, None]
+    told = ({"model": "gpt-4o-mini"}, {"method": "DPO"}, {"agent": "react"}, {"split": "dev"})
+    runs = [make(str(number), [RIGHT] * 4, **fields) for number, fields in enumerate(told)]
+    assert [run["paper_searches"] for run in build(read_runs(runs), 0)["runs"]] == [None, 3.2, None, None]
 
 
 def test_the_other_published_tables_are_those_of_the_paper():

@@ -242,6 +242,14 @@ def test_relabelling_stops_behind_the_chunk_in_which_a_signal_came(tmp_path):
     assert found == run("whole")
 
 
+def test_a_sheet_can_be_read_back_whatever_was_thought(tmp_path):
+    actions = (Search("Morn", "first <search> x"), Answer("a <think> b"), Search("coast", "plainly"))
+    rows = write_sheet(tmp_path / "a.jsonl", [Decision(EXAMPLE, START, actions, (None,) * 3)], [0.5, 0.25])
+    assert len(rows) == 2
+    found = human_source(tmp_path / "a.jsonl")([Decision(EXAMPLE, START, actions, (None,) * 3)])
+    assert found == [(0.5, None, 0.25)]
+
+
 def test_an_empty_sheet_is_written_where_there_is_none(tmp_path):
     path, records = tmp_path / "new" / "human.jsonl", [record(TEXTS_OF_RECORD)]
     source = partial(worldless_source, "human", records, How(sheet=path), 0, tmp_path)
@@ -252,6 +260,11 @@ def test_an_empty_sheet_is_written_where_there_is_none(tmp_path):
     given = {row["action"]: i / 4 for i, row in enumerate(rows)}
     assert source()(bare_decisions(records)) == [tuple(map(given.get, TEXTS_OF_RECORD))]
     assert given[TEXTS_OF_RECORD[2]] == 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"human.jsonl holds no label; got 3 lines"):
+        source()
+    with pytest.raises(InputError, match="cannot write"):
+        worldless_source("human", records, How(sheet=path / "below.jsonl"), 0, tmp_path)
     bare = partial(worldless_source, "human", [record(["no action"])], How(sheet=tmp_path / "bare"), 0, tmp_path)
     with pytest.raises(InputError, match="there is no action to label"):
         bare()

@@ -241,9 +241,15 @@ def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
     return found
 
 
+NOT_DECIDING = ("out", "wandb", "every", "hosts", "devices", "vectors")
+
+
 def plain(experiment: Any) -> dict[str, Any]:
     """The fields that decide the result, up to rounding: a job may go on on other devices."""
     found = dataclasses.asdict(experiment)
     if hasattr(experiment, "how"):
-        found["how"] |= {name: settings_of(getattr(experiment.how, name)) for name in ("judge", "actor")}
-    return {key: value for key, value in found.items() if key not in ("out", "wandb", "every", "hosts", "devices")}
+        found["how"]["judge"] = settings_of(experiment.how.judge)
+        del found["how"]["actor"]
+        if experiment.rewards == "rollouts":
+            found["how"]["actor"] = settings_of(experiment.how.actor)
+    return {key: value for key, value in found.items() if key not in NOT_DECIDING}

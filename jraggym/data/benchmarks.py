@@ -28,7 +28,7 @@ from jraggym.errors import InputError
 from jraggym.types import Document, Example
 from jraggym.whole import whole_folder
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 FIRST, LAST = slice(None, 1000), slice(-1000, None)
 
 

@@ -202,7 +202,8 @@ def _document(path: Path, line: int, content: bytes, field: str) -> tuple[str, s
 
 def _fingerprint(paths: list[Path], words: int, overlap: int, field: str) -> str:
     """Sixteen hex digits that tell the sources and settings from others."""
-    digest = hashlib.sha256(f"2 {words} {overlap} {field}".encode())  # 2: the form of chunks that this module writes
+    other = "" if field == "text" else f" {field}"
+    digest = hashlib.sha256(f"1 {words} {overlap}{other}".encode())  # 1: the form of chunks that this module writes
     for path in paths:
         try:
             with path.open("rb") as file:

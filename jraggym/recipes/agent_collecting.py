@@ -47,6 +47,7 @@ class AgentCollect(Qa):
 def deciding_collection(collect: AgentCollect) -> dict[str, Any]:
     """The settings that decide what a collection finds, as JSON values."""
     how = {**dataclasses.asdict(collect.how), "judge": settings_of(collect.how.judge)}
+    del how["actor"]  # of roll-outs, which there are none of
     return {**deciding(collect), "how": how if collect.rewards == "llm" else None}
 
 

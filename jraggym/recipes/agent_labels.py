@@ -20,7 +20,7 @@ from jraggym.data.process.record import encode
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
 from jraggym.labelling import RewardSource
-from jraggym.recipes.labelling import How, found_labels, worldless_source
+from jraggym.recipes.labelling import How, found_labels, labels_basis, worldless_source
 from jraggym.recipes.qa import Qa, evaluated, open_questions, open_retriever
 from jraggym.scripted import Lookup
 from jraggym.sources.relabel import Decide, relabel
@@ -42,6 +42,8 @@ class AgentLabel:
     how: How = field(default_factory=How)
     seed: int = 0
     """Of the judge's orders, of roll-outs, and of random."""
+    vectors: Path | None = None
+    """The evaluation's --vectors, where it had one (support, rollouts)."""
 
 
 def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any], None]) -> dict[str, Any]:
@@ -65,14 +67,15 @@ def label_episodes(experiment: AgentLabel, report: Callable[[str, int, int, Any]
     notes: tuple[str, ...] = ()
     source: RewardSource
     if name == "support":
-        source, (retriever, notes) = support_of(examples.values()), _searches(qa)
+        source, (retriever, notes) = support_of(examples.values()), _searches(qa, experiment.vectors)
         decide = functools.partial(decide, retriever=retriever)
     elif name == "rollouts":
-        retriever, notes = _searches(qa)
+        retriever, notes = _searches(qa, experiment.vectors)
         source, decide = _rollouts(experiment, qa, retriever, folder), functools.partial(decide, retriever=retriever)
     else:
         source = worldless_source(name, records, experiment.how, experiment.seed, folder, decide)
-    store = ChunkStore(folder / "chunks", {"source": name, "records": _digest(records)})
+    basis = labels_basis(name, experiment.how)
+    store = ChunkStore(folder / "chunks", {"source": name, "records": _digest(records), **basis})
     done = functools.partial(_report, report, f"label, {name}", len(examples))
     labelled = relabel(records, source, store, name=name, decide=decide, report=done)
     return {**found_labels(build_dataset(folder / "dataset", labelled), folder, name), "notes": list(notes)}
@@ -96,14 +99,17 @@ def support_of(examples: Collection[Example]) -> RewardSource:
     return support_source()
 
 
-def _searches(qa: Qa) -> tuple[Any, tuple[str, ...]]:
+def _searches(qa: Qa, vectors: Path | None) -> tuple[Any, tuple[str, ...]]:
     """The evaluation's retriever, and the notes on its questions."""
-    questions = open_questions(qa)
+    qa, questions = dataclasses.replace(qa, vectors=vectors), open_questions(qa)
     return open_retriever(qa, questions.corpus, qa.out), questions.notes
 
 
 def _rollouts(experiment: AgentLabel, qa: Qa, retriever: Lookup, folder: Path) -> RewardSource:
-    """Roll-outs of the evaluation's agent by a chat model, at the evaluation's temperature, or at 1 if that is 0."""
+    """Roll-outs of the evaluation's agent by a chat model, at the evaluation's temperature, or at 1 if that is 0.
+
+    The same model makes the digests. A continuation in which something failed tells nothing.
+    """
     how, agent = experiment.how, AGENTS[qa.agent]
     model = open_chat(how.actor, folder / "answers.sqlite")
     rules = dataclasses.replace(qa.rules, candidates=1, select="first", seed=experiment.seed)
@@ -112,7 +118,12 @@ def _rollouts(experiment: AgentLabel, qa: Qa, retriever: Lookup, folder: Path) -
 
     def play(examples: Sequence[Example], starts: Sequence[State]) -> list[State | None]:
         episodes = run_agent(agent, model, examples, retriever, rules, summariser=reader, starts=starts)
-        return [None if episode.costs.errors else episode.trajectory.final for episode in episodes]
+        finals = [episode.trajectory.final for episode in episodes]
+        failed = [
+            episode.costs.errors or any(turn.error for turn in final.turns[len(start.turns) :])
+            for episode, final, start in zip(episodes, finals, starts, strict=True)
+        ]
+        return [None if fault else final for fault, final in zip(failed, finals, strict=True)]
 
     return RolloutSource(play, rules.max_turns, how.continuations, how.metric, reader if agent.digests else None)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def label_data(experiment: Label, shop: Workshop, start: Model, log: Log) -> tup
         raise InputError("labelling runs in one process", got=got, remedy="Start it on one machine, without --hosts.")
     data = open_dataset(experiment.data)
     source = source_of(shop, experiment.rewards, data, start.weights, experiment.how)
-    labelled = label(shop, experiment.rewards, source, data)
+    labelled = label(shop, experiment.rewards, source, data, labels_basis(experiment.rewards, experiment.how))
     found = found_labels(labelled, _folder(shop, experiment.rewards), experiment.rewards)
     log("label", 0, {key: value for key, value in found.items() if isinstance(value, float | int)})
     return None, found
@@ -137,7 +138,10 @@ def worldless_source(
         lines = [line + "\n" for record in records for line in sheet(decide([record]))]
         if not lines:
             raise InputError("there is no action to label", got="malformed ones", remedy="Collect with another actor.")
-        write_whole(how.sheet, "".join(lines))
+        try:
+            write_whole(how.sheet, "".join(lines))
+        except OSError as error:
+            raise InputError(f"cannot write {how.sheet}", got=error, remedy="Name another file.") from error
         remedy = "Put a number from 0 to 1, or null, behind each reward, and give the same command again."
         raise InputError(f"{how.sheet} is to be filled in", got=f"{len(lines)} actions without labels", remedy=remedy)
     return human_source(how.sheet)
@@ -170,11 +174,20 @@ def continuing(shop: Workshop) -> Rollout:
     return Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=2 * settings.episodes)
 
 
-def label(shop: Workshop, name: str, source: RewardSource, data: ProcessSource) -> list[ProcessRecord]:
+def labels_basis(name: str, how: How) -> dict[str, str]:
+    """What a source's labels depend on beside the records and settings: the sheet that people have filled in."""
+    if name != "human" or how.sheet is None:
+        return {}
+    return {"sheet": hashlib.sha256(how.sheet.read_bytes()).hexdigest()}
+
+
+def label(
+    shop: Workshop, name: str, source: RewardSource, data: ProcessSource, basis: Mapping[str, str] | None = None
+) -> list[ProcessRecord]:
     """The records under the source's labels, stored as a dataset under `out`/labels/`name`; resumable."""
     examples = {example.id: example for example in shop.task.train.examples}
     count = len({record.example_id for record in data})
-    settings = {"source": name, "records": data.digest, "settings": shop.settings.fingerprint()}
+    settings = {"source": name, "records": data.digest, "settings": shop.settings.fingerprint(), **(basis or {})}
     records = relabel(
         data,
         source,

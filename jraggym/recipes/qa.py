@@ -71,7 +71,8 @@ class Qa:
     encoder_documents: Path | None = None
     """Folder of the documents' encoder, where it is another one."""
     vectors: Path | None = None
-    """Folder where the corpus's vectors are kept, for all evaluations that name it; without one, in `out`."""
+    """Folder where the corpus's vectors are kept, for all evaluations that name it; without one, in `out`. The first
+    evaluation makes them: begin no second one before they are there."""
     documents: int = 32
     """A search brings so many."""
 

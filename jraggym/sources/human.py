@@ -7,6 +7,7 @@ A reward is a number in [0, 1], or null while nobody has given one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,12 +26,19 @@ FIELDS = ("example_id", "state", "action", "reward")
 
 
 def sheet(decisions: Iterable[Decision]) -> Iterator[str]:
-    """The lines of an empty sheet: every distinct action of every decision; malformed ones are left out."""
+    """The lines of an empty sheet: every distinct action of every decision; malformed ones are left out.
+
+    So is a thought whose tags would keep the line from being read back, and an action whose own text has such tags.
+    """
     for decision in decisions:
         for places in same_action(decision.actions):
             action = decision.actions[places[0]]
-            if not isinstance(action, Malformed):
-                values = (decision.example.id, to_json(decision.state), format_action(action), None)
+            if isinstance(action, Malformed):
+                continue
+            texts = map(format_action, (action, dataclasses.replace(action, thought="")))
+            text = next((text for text in texts if parse_action(text) == action), None)
+            if text is not None:
+                values = (decision.example.id, to_json(decision.state), text, None)
                 yield json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False)
 
 
@@ -38,8 +46,8 @@ def human_source(path: str | Path) -> RewardSource:
     """The labels of a filled-in sheet; what is not in it is unlabelled.
 
     Raises:
-        InputError: naming the line, for a missing or unknown field, a state or an action of another shape, a reward
-            outside [0, 1], or a second label for the same action.
+        InputError: for a sheet that nobody has filled in, or, naming the line, for a missing or unknown field, a state
+            or an action of another shape, a reward outside [0, 1], or a second label for the same action.
     """
     table: dict[tuple[str, State], dict[Action, float | None]] = defaultdict(dict)
     for line, value in read_jsonl(path):
@@ -54,6 +62,9 @@ def human_source(path: str | Path) -> RewardSource:
             remedy = "Keep one line for each action of a state."
             raise InputError(f"{path}, line {line} labels an action again", got=repr(value["action"]), remedy=remedy)
         known[action] = reward
+    if table and all(reward is None for known in table.values() for reward in known.values()):
+        remedy = "Put a number from 0 to 1 behind some rewards."
+        raise InputError(f"{path} holds no label", got=f"{sum(map(len, table.values()))} lines", remedy=remedy)
     return table_source(table)
 
 

@@ -28,7 +28,7 @@ def bare_decisions(records: Sequence[ProcessRecord]) -> list[Decision]:
     Raises InputError for chats, whose candidates only their agent can read (agent_records.agent_decisions).
     """
     if any(record.messages is not None for record in records):
-        remedy = "Compare datasets that train.label made of them."
+        remedy = "Name their evaluation (eval.agreement --episodes), or compare datasets of train.label."
         raise InputError("candidates of an agent are no actions in tags", got="chats", remedy=remedy)
     return [
         Decision(

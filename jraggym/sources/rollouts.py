@@ -20,6 +20,7 @@ from jraggym.types import Example, Search, State
 
 # Questions and the states that their episodes go on from -> the final states, None where the policy failed
 Play = Callable[[Sequence[Example], Sequence[State]], Sequence[State | None]]
+METRICS = ("em", "f1", "cover_em")
 Read = Callable[[Sequence[Asked]], Sequence[Digest]]
 
 
@@ -41,6 +42,8 @@ class RolloutSource:
     def __post_init__(self) -> None:
         if self.continuations < 1:
             raise InputError("roll-outs need continuations", got=self.continuations, remedy="Use 1 or more.")
+        if self.metric not in METRICS:
+            raise InputError("unknown outcome", got=repr(self.metric), remedy=f"Use one of {', '.join(METRICS)}.")
 
     def __call__(self, decisions: Sequence[Decision]) -> list[tuple[float | None, ...]]:
         """The rewards; None where a search's documents or their digest are not known, or no continuation came."""
