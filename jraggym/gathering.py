@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -32,11 +33,12 @@ class Gathered:
     metrics: dict[str, float]
 
 
+T = TypeVar("T")
 Gather = Callable[[Policy, int], Gathered]  # a pure function of (policy, iteration)
 
 
-def draw(examples: Sequence[Example], number: int, iteration: int, seed: int = 0) -> list[Example]:
-    """The `number` questions of an iteration: every question once before any comes again."""
+def draw(examples: Sequence[T], number: int, iteration: int, seed: int = 0) -> list[T]:
+    """The `number` questions (or states) of an iteration: every one once before any comes again."""
     count, places = len(examples), range(iteration * number, (iteration + 1) * number)
     epochs = {place // count for place in places}
     shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in epochs}

@@ -20,7 +20,7 @@ import eval.qa
 import jraggym.recipes.agent_labels
 import jraggym.recipes.labelling
 import jraggym.recipes.offline
-from configs import critic_agents, dpo_agents, sft_agents, sft_synthhop
+from configs import critic_agents, dpo_agents, ppo_agents, sft_agents, sft_synthhop
 from eval import agreement
 from eval.agreement import labels_of
 from jraggym.agent_episodes import AgentRules
@@ -32,23 +32,30 @@ from jraggym.chats.opening import open_chat, open_scorer
 from jraggym.data.process import open_dataset
 from jraggym.episode_log import EpisodeLog
 from jraggym.errors import InputError
-from jraggym.model_folder import load_model
+from jraggym.model_folder import Model, load_model, save_model
+from jraggym.models.critic import Critic
 from jraggym.models.lora import Lora
+from jraggym.objectives.forward import candidate_scores
+from jraggym.onpolicy import Schedule
 from jraggym.porting.pretrained import open_model
 from jraggym.recipes.agent_labels import AgentLabel, decisions_of
 from jraggym.recipes.bench import Bench, record_row
 from jraggym.recipes.critic_exam import score_records
 from jraggym.recipes.labelling import How
 from jraggym.recipes.offline import objective_of, train_critic_model, train_dpo, train_sft
+from jraggym.recipes.online import train_sampled
 from jraggym.recipes.qa import Qa
 from jraggym.recipes.quickstart import batch_of
+from jraggym.recorded_gathering import RecordedGatherer
+from jraggym.rollout import Policy
+from jraggym.sampling import Sampling
 from jraggym.steps import Network
-from jraggym.text.batching import Codec
+from jraggym.text.batching import Codec, collate
 from jraggym.text.chat import ChatCodec
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization
-from train.job import run_experiment
+from train.job import Logbook, run_experiment
 from train.label import label_agent
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -209,6 +216,83 @@ def test_a_critic_is_trained_and_picks_on_the_same_bytes(root, collected, traine
     ):
         shown = [c.score for c in episode.trajectory.steps[number].candidates]
         assert shown == pytest.approx(found[f"{example.id}/{number}"].tolist(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ppo(root, llama, labels):
+    """PPO of two iterations on new replies with a critic of the same kind of model, and what it told."""
+    start, head = open_model(llama, "actor"), np.random.default_rng(0)
+    head = head.normal(size=start.config.model).astype(np.float32)
+    critic = Model("critic", start.config, start.tokenizer, Critic(start.weights, head, None), {})
+    save_model(root / "scorer", critic)
+    told = ppo_agents.EXPERIMENT.settings
+    experiment = replace(
+        ppo_agents.EXPERIMENT,
+        out=root / "ppo",
+        model=llama,
+        data=labels,
+        critic=root / "scorer",
+        questions=3,
+        slots=2,
+        every=1,
+        settings=replace(told, max_prompt=LONGEST, model=replace(told.model, dtype="float32")),
+        schedule=Schedule(iterations=2, updates=1, rows=2, prompt=LONGEST, action=12, candidates=3),
+        optimization=Optimization(1, 0.0, rate=1e-3, warmup=0),
+        parts=1,
+    )
+    steps = {}
+
+    def write(self, group, step, metrics):
+        if group == "ppo":
+            steps[step] = dict(metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logbook, "write", write)
+        assert run_experiment(experiment, train_sampled)["curve"] == []
+    return SimpleNamespace(experiment=experiment, steps=steps)
+
+
+def test_ppo_replies_anew_to_recorded_chats(ppo, llama, labels):
+    assert sorted(ppo.steps) == [1, 2]
+    for metrics in ppo.steps.values():
+        assert metrics["sampled_tokens"] > 0
+        assert metrics["prompts_too_long"] == 0
+        assert metrics["sampler_gap_max"] < 1e-3, "sampler and trainer disagree"
+    before, after = open_model(llama, "actor"), load_model(ppo.experiment.out / "model", "actor")
+    moved = jax.tree.map(lambda a, b: float(abs(np.asarray(a) - np.asarray(b)).max()), before.weights, after.weights)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+    # the rewards are those of the critic that picks in evaluations
+    record, codec = open_dataset(labels)[0], ChatCodec(after.tokenizer, 3, LONGEST)
+    ids = record_row(codec, record, (), ()).prompt
+    sampling = Sampling(3, 12, 1.0)
+    gather = RecordedGatherer([ids], codec.stops, sampling, number=1, slots=2, longest=LONGEST)
+    policy = Policy(before.config, before.weights, open_model(ppo.experiment.critic, "critic").weights)
+    (row,) = gather(policy, 0).rows
+    assert gather(policy, 0).rows == [row]
+    assert gather(policy, 1).rows != [row]
+    assert row.prompt == ids
+    assert replace(gather, longest=len(ids) - 1)(policy, 0).metrics["prompts_too_long"] == 1
+    model = open_model(ppo.experiment.critic, "critic")
+    batch = collate([row], prompt=len(ids), action=12, candidates=3)
+    assert row.rewards == pytest.approx(candidate_scores(model.weights, model.config, batch)[0].tolist(), abs=1e-4)
+
+
+def test_ppo_of_chats_that_is_killed_goes_on_to_the_same_bits(ppo, root):
+    cut, real = replace(ppo.experiment, out=root / "ppo cut"), RecordedGatherer.__call__
+
+    def killed(self, policy, iteration):
+        if iteration == 1:
+            raise KeyboardInterrupt
+        return real(self, policy, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedGatherer, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(cut, train_sampled)
+    run_experiment(cut, train_sampled)
+    first, second = (jax.tree.leaves(load_model(one.out / "model", "actor").weights) for one in (ppo.experiment, cut))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_notebook_of_the_readme(root, llama, tmp_path, monkeypatch, capsys):

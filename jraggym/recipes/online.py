@@ -1,7 +1,7 @@
 """On-policy training, from a starting actor to an actor: GRPO and PPO on fresh rollouts.
 
 rewards    process    the judge's rewards for the K candidates of each visited state
-           critic     a critic's scores for them (RAG-Gym's PPO)
+           critic     a critic's scores for them (RAG-Gym's PPO); for new replies to recorded chats where dataset=agents
            outcome    the answer's F1, for K whole episodes of each question
            steps      the answer's F1, and the judge's rewards for every step inside whole episodes
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jraggym.checkpoint import Checkpointer
+from jraggym.data.lazy import Lazy
+from jraggym.data.process import open_dataset
 from jraggym.episodes import Rules
 from jraggym.errors import InputError
 from jraggym.experience import GRPO, PPO
@@ -29,10 +31,23 @@ from jraggym.models.critic import Critic
 from jraggym.models.decoder import Decoder
 from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
-from jraggym.recipes.experiment import Exam, Experiment, Log, Placed, as_model, critic_on, critic_table, placed_decoder
+from jraggym.recipes.bench import Bench, record_row
+from jraggym.recipes.experiment import (
+    AGENTS,
+    Exam,
+    Experiment,
+    Log,
+    Placed,
+    as_model,
+    critic_on,
+    critic_table,
+    placed_decoder,
+)
 from jraggym.recipes.quickstart import Workshop
+from jraggym.recorded_gathering import RecordedGatherer
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
+from jraggym.sharding import split_over
 from jraggym.text.chat import INSTRUCTION
 from jraggym.training import Optimization
 from jraggym.whole import write_whole
@@ -57,8 +72,11 @@ class Sampled(Experiment):
     """process, critic, outcome or steps; see the top of this module."""
     critic: Path | None = None
     """Folder of the critic, for its scores as rewards."""
+    data: Path | None = None
+    """Dataset of an agent's chats, whose states are replied to anew (dataset=agents)."""
     questions: int = 20
-    """Questions of an iteration, each asked `schedule.candidates` times where whole episodes are compared."""
+    """Questions of an iteration, each asked `schedule.candidates` times where whole episodes are compared; of an
+    agent's chats, states."""
     select: str = "reward"
     """Which candidate of a state is executed: reward (the judge's best) or first (a random sample)."""
     need_good: bool = True
@@ -72,6 +90,10 @@ class Sampled(Experiment):
     @property
     def title(self) -> str:
         return f"{super().title}, {self.rewards} rewards"
+
+    @property
+    def worldless(self) -> bool:
+        return self.dataset == AGENTS and self.data is not None
 
     @property
     def whole(self) -> bool:
@@ -94,15 +116,18 @@ class Ppo(Sampled):
     value_optimization: Optimization = field(default_factory=lambda: adamw(1e-3))
 
 
-def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
-    """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint."""
+def train_sampled(experiment: Grpo | Ppo, shop: Bench, start: Model, log: Log) -> tuple[Model, dict[str, Any]]:
+    """Returns the actor and its curve: sampled tokens and greedy evaluation, at the start and each checkpoint.
+
+    The curve is empty without a world.
+    """
     check_rewards(experiment)
     ready = placed_decoder(experiment, shop, start.weights)
     job = OnPolicy(
         ready.net,
         experiment.algorithm,
         experiment.optimization,
-        _gatherer(experiment, shop, ready),
+        _gatherer(experiment, shop, ready) if isinstance(shop, Workshop) else _recorded(experiment, shop, ready),
         experiment.schedule,
         ready.frozen,
         experiment.value_optimization if isinstance(experiment, Ppo) else None,
@@ -110,11 +135,12 @@ def train_sampled(experiment: Grpo | Ppo, shop: Workshop, start: Model, log: Log
         experiment.seed,
         ready.mesh,
     )
-    return learn(experiment, job, shop, ready, Exam(experiment, shop).score, log)
+    score = Exam(experiment, shop).score if isinstance(shop, Workshop) else None
+    return learn(experiment, job, shop, ready, score, log)
 
 
 def learn(
-    experiment: Experiment, job: OnPolicy, shop: Workshop, ready: Placed, score: Score, log: Log
+    experiment: Experiment, job: OnPolicy, shop: Bench, ready: Placed, score: Score | None, log: Log
 ) -> tuple[Model, dict[str, Any]]:
     """Runs the job, resumably; returns the actor and its curve of what `score` gives at the start and checkpoints."""
     # A value function starts from the actor's trunk (from fresh adapters under LoRA).
@@ -134,7 +160,7 @@ def learn(
         log("evaluation", point["iteration"], {"em": point["em"], "f1": point["f1"], "tokens": tokens})
 
     def evaluate(iteration: int, policy: Policy) -> None:
-        if iteration not in known:  # else a killed run was here: it would be the same again
+        if score is not None and iteration not in known:  # else a killed run was here: it would be the same again
             point = {"iteration": iteration, "sampled_tokens": spent.get(iteration, 0.0), **score(policy.actor)}
             if lead():
                 curve.put(point)
@@ -149,8 +175,8 @@ def learn(
         job, ready.weights, value, checkpointer, every=every, report=report, evaluate=evaluate, meter=meter
     )
     result = {"curve": agreed(curve.points())}
-    trained = state.policy.weights
-    return as_model(shop, "actor", ready.whole(trained), result["curve"][-1], ready.adapters(trained)), result
+    trained, last = state.policy.weights, result["curve"][-1] if result["curve"] else {}
+    return as_model(shop, "actor", ready.whole(trained), last, ready.adapters(trained)), result
 
 
 def check_rewards(experiment: Sampled) -> None:
@@ -160,9 +186,27 @@ def check_rewards(experiment: Sampled) -> None:
     if (experiment.rewards == "critic") != (experiment.critic is not None):
         got = f"rewards={experiment.rewards}, critic={experiment.critic}"
         raise InputError("a critic goes with rewards=critic", got=got, remedy="Give both or none.")
+    if experiment.worldless and experiment.rewards != "critic":
+        remedy = "Give --rewards critic and --critic FOLDER."
+        raise InputError("new replies to chats are known to a critic alone", got=experiment.rewards, remedy=remedy)
 
 
-def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic | None:
+def _recorded(experiment: Grpo | Ppo, shop: Bench, ready: Placed) -> RecordedGatherer:
+    records, schedule = open_dataset(experiment.data or ""), experiment.schedule
+    sampling = Sampling(schedule.candidates, schedule.action, shop.settings.temperature)
+    return RecordedGatherer(
+        Lazy(len(records), lambda i: record_row(shop.codec, records[i], (), ()).prompt),
+        shop.codec.stops,
+        sampling,
+        experiment.questions,
+        split_over(ready.mesh, experiment.slots),
+        schedule.prompt,
+        shop.settings.seed,
+        ready.mesh,
+    )
+
+
+def _reward_critic(folder: Path | None, shop: Bench, ready: Placed) -> Critic | None:
     if folder is None:
         return None
     found = open_model(folder, "critic", ready.mesh)
@@ -170,7 +214,7 @@ def _reward_critic(folder: Path | None, shop: Workshop, ready: Placed) -> Critic
     return found.weights
 
 
-def _same_words(critic: Model, shop: Workshop) -> None:
+def _same_words(critic: Model, shop: Bench) -> None:
     """A critic reads the actor's tokens, and is run under the actor's configuration."""
     free = {name: getattr(shop.config, name) for name in ("tied", *RUNTIME)}
     fits = dataclasses.replace(critic.config, **free) == shop.config
