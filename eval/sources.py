@@ -14,10 +14,10 @@ outcome    the episode's outcome, for the executed candidate alone     random   
 Written down before the runs: support > rollouts > outcome > random, each step by at least .02 EM with an interval
 above 0, pooled over three seeds. About ten minutes a seed on two busy CPU cores.
 
-Found, mean EM of seeds 0, 1, 2: rollouts .612, outcome .599, support .583, random .482 (greedy .431). So only the last
-step holds: outcome - random +.117 (+.089 to +.143). Roll-outs beat the rule-based judge by .029 (.011 to .049), and
-roll-outs and outcome cannot be told apart (+.013, -.008 to +.034). The objective is one for all; the main job trains
-on the judge's labels by pairs, and on more questions.
+Found, mean EM of seeds 0, 1, 2: rollouts .636, support .628, outcome .612, random .479 (greedy .464). So the last two
+steps hold: rollouts - outcome +.024 (+.003 to +.043), outcome - random +.132 (+.105 to +.158); the rule-based judge and
+roll-outs cannot be told apart (-.008, -.027 to +.010). The objective is one for all; the main job trains on the judge's
+labels by pairs, and on more questions.
 """
 
 from __future__ import annotations
