@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import Array
@@ -76,6 +76,7 @@ class Experiment:
     """Split of the greedy evaluation; tune on development, look at test once."""
     wandb: str | None = None
     """Weights & Biases project; metrics always go to OUT/tensorboard."""
+    of_chats: ClassVar[bool] = False  # can it learn from them?
 
     def __post_init__(self) -> None:
         if self.evaluate not in SPLITS:
@@ -88,8 +89,9 @@ class Experiment:
 
     @property
     def worldless(self) -> bool:
-        """Whether its data bring all that it needs."""
-        return False
+        """Whether it learns from an agent's chats, which bring all that it needs beside the starting model."""
+        given = getattr(self, "model", None), getattr(self, "data", None)
+        return self.of_chats and self.dataset == AGENTS and None not in given
 
     def tokenizer(self, task: Task, settings: Settings) -> SentencePieceTokenizer:
         """The tokenizer of a run that has no starting model."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -27,7 +27,6 @@ from jraggym.model_folder import Model
 from jraggym.objectives.agreement import Agreement, agreement
 from jraggym.recipes.bench import Bench, left_out
 from jraggym.recipes.experiment import (
-    AGENTS,
     Exam,
     Experiment,
     Log,
@@ -69,9 +68,7 @@ class Sft(Experiment):
     weighted: bool = False
     """Every candidate, weighted by its reward, instead of the good ones alone."""
 
-    @property
-    def worldless(self) -> bool:
-        return self.dataset == AGENTS and self.model is not None and self.data is not None
+    of_chats: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,7 @@ class Dpo(Experiment):
     keep_reference: bool = True
     """Compute the reference's log-probabilities once and keep them beside the data, instead of at every step."""
 
-    @property
-    def worldless(self) -> bool:
-        return self.dataset == AGENTS
+    of_chats: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -114,9 +109,7 @@ class CriticTraining(Experiment):
     likelihood: bool = True
     """Add the trunk's own log-probability of the action to the score; see models/critic.py."""
 
-    @property
-    def worldless(self) -> bool:
-        return self.dataset == AGENTS
+    of_chats: ClassVar[bool] = True
 
 
 def objective_of(experiment: Sft | Dpo | CriticTraining, net: Network) -> Objective:

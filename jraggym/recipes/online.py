@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jraggym.checkpoint import Checkpointer
 from jraggym.data.lazy import Lazy
@@ -33,7 +33,6 @@ from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
 from jraggym.recipes.bench import Bench, record_row
 from jraggym.recipes.experiment import (
-    AGENTS,
     Exam,
     Experiment,
     Log,
@@ -91,9 +90,7 @@ class Sampled(Experiment):
     def title(self) -> str:
         return f"{super().title}, {self.rewards} rewards"
 
-    @property
-    def worldless(self) -> bool:
-        return self.dataset == AGENTS and self.data is not None
+    of_chats: ClassVar[bool] = True
 
     @property
     def whole(self) -> bool:
