@@ -114,21 +114,23 @@ def labels(root, collected):
     return label_agent(AgentLabel(root / "support", collected.out, "support"))["data"]
 
 
+def small(experiment, **fields):
+    """The experiment at a size for a random Llama, in f32 and with adapters of rank 2."""
+    settings = replace(experiment.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
+    settings = replace(settings, model=replace(settings.model, dtype="float32"))
+    return replace(experiment, settings=settings, lora=Lora(2, leaves=("q", "k", "v")), parts=1, **fields)
+
+
+def few_steps(number):
+    return Optimization(number, 0.0, rate=1e-2, warmup=min(1, number - 1))
+
+
 @pytest.fixture(scope="module")
 def trained(root, llama, labels):
     """The folder of the critic after three steps, and the rows that it learnt from."""
     seen, preferences = [], jraggym.recipes.offline.preferences
-    settings = replace(critic_agents.EXPERIMENT.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
-    experiment = replace(
-        critic_agents.EXPERIMENT,
-        out=root / "critic",
-        model=llama,
-        data=labels,
-        settings=replace(settings, model=replace(settings.model, dtype="float32")),
-        lora=Lora(2, leaves=("q", "k", "v")),
-        parts=1,
-        optimization=Optimization(3, 0.0, rate=1e-2, warmup=1),
-    )
+    given = {"out": root / "critic", "model": llama, "data": labels}
+    experiment = small(critic_agents.EXPERIMENT, **given, optimization=few_steps(3))
     with pytest.MonkeyPatch.context() as patch:
         spy = lambda shop, records: seen.extend(rows := preferences(shop, records)) or rows  # noqa: E731
         patch.setattr(jraggym.recipes.offline, "preferences", spy)
@@ -140,17 +142,7 @@ def trained(root, llama, labels):
 @pytest.mark.parametrize("work", [train_sft, train_dpo])
 def test_an_actor_learns_from_the_same_data_and_acts(work, root, collected, llama, labels, trained):
     named = sft_agents.EXPERIMENT if work is train_sft else dpo_agents.EXPERIMENT
-    settings = replace(named.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
-    experiment = replace(
-        named,
-        out=root / work.__name__,
-        model=llama,
-        data=labels,
-        settings=replace(settings, model=replace(settings.model, dtype="float32")),
-        lora=Lora(2, leaves=("q", "k", "v")),
-        parts=1,
-        optimization=Optimization(6, 0.0, rate=1e-2, warmup=1),
-    )
+    experiment = small(named, out=root / work.__name__, model=llama, data=labels, optimization=few_steps(6))
     results = run_experiment(experiment, work)
     assert "em" not in results, "there is no world to act in"
     before, after = open_model(llama, "actor"), load_model(experiment.out / "model", "actor")
@@ -225,8 +217,7 @@ def ppo(root, llama, labels):
     head = head.normal(size=start.config.model).astype(np.float32)
     critic = Model("critic", start.config, start.tokenizer, Critic(start.weights, head, None), {})
     save_model(root / "scorer", critic)
-    told = ppo_agents.EXPERIMENT.settings
-    experiment = replace(
+    experiment = small(
         ppo_agents.EXPERIMENT,
         out=root / "ppo",
         model=llama,
@@ -235,10 +226,8 @@ def ppo(root, llama, labels):
         questions=3,
         slots=2,
         every=1,
-        settings=replace(told, max_prompt=LONGEST, model=replace(told.model, dtype="float32")),
         schedule=Schedule(iterations=2, updates=1, rows=2, prompt=LONGEST, action=12, candidates=3),
-        optimization=Optimization(1, 0.0, rate=1e-3, warmup=0),
-        parts=1,
+        optimization=few_steps(1),
     )
     steps = {}
 
@@ -299,11 +288,7 @@ def test_the_notebook_of_the_readme(root, llama, tmp_path, monkeypatch, capsys):
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     (block,) = (b for b in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S) if "label_agent(" in b)
     for module in (critic_agents, dpo_agents):
-        told = module.EXPERIMENT
-        settings = replace(told.settings, max_prompt=LONGEST, max_action=128, contrasts=3, states=2)
-        settings = replace(settings, model=replace(settings.model, dtype="float32"))
-        few = {"lora": Lora(2, leaves=("q",)), "parts": 1, "optimization": Optimization(1, 0.0, rate=1e-2, warmup=0)}
-        monkeypatch.setattr(module, "EXPERIMENT", replace(told, settings=settings, **few))
+        monkeypatch.setattr(module, "EXPERIMENT", small(module.EXPERIMENT, optimization=few_steps(1)))
 
     def models(qa):
         scorer = None if qa.critic is None else open_scorer(Local(qa.critic, max_prompt=LONGEST))
