@@ -37,6 +37,7 @@ from train.results import Console
 
 write = write_whole
 Progress = Callable[[str, int, int, Any], None]
+LEAST_SECONDS = 0.5  # programs that compile faster are not kept
 
 
 def claim(out: Path, job: Mapping[str, Any]) -> None:
@@ -57,7 +58,10 @@ def claim(out: Path, job: Mapping[str, Any]) -> None:
         raise InputError(f"cannot use {out}", got=error, remedy="Name another --out folder.") from error
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    # XLA's own caches (of GPU kernels) would make the folder's path a part of every program's key, and a folder that is
+    # copied or moved would be compiled anew.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def _differences(left: Any, right: Any, name: str = "") -> list[str]:
