@@ -76,12 +76,6 @@ SFT = Sft(**of("sft"), optimization=adamw(1_000, 1e-5))
 DPO = Dpo(**of("dpo"), optimization=adamw(500, 5e-7))
 CRITIC = CriticTraining(**of("critic"), optimization=adamw(500, 2e-6))
 COLLECT = dataclasses.replace(Collect(**of("collect")), devices=SAMPLING)
-GRPO = Grpo(**of("grpo"), questions=256, slots=64, schedule=SCHEDULE, optimization=adamw(1, 1e-6))
-PPO = Ppo(
-    **of("ppo"),
-    questions=256,
-    slots=64,
-    schedule=SCHEDULE,
-    optimization=adamw(1, 1e-6),
-    value_optimization=adamw(1, 5e-6),
-)
+SAMPLED: dict = {"questions": 256, "slots": 64, "schedule": SCHEDULE, "rollout_devices": SAMPLING}
+GRPO = Grpo(**of("grpo"), **SAMPLED, optimization=adamw(1, 1e-6))
+PPO = Ppo(**of("ppo"), **SAMPLED, optimization=adamw(1, 1e-6), value_optimization=adamw(1, 5e-6))

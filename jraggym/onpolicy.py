@@ -31,11 +31,12 @@ from jraggym.gathering import Gather, Gathered
 from jraggym.history import History, Tell
 from jraggym.meter import Meter
 from jraggym.models.critic import Critic
+from jraggym.models.decoder import specs
 from jraggym.models.lora import merge
 from jraggym.objectives.policy import Experience
 from jraggym.preemption import Preempted, should_stop
 from jraggym.rollout import Policy
-from jraggym.sharding import batch_sharding, own_rows, place, place_rows, whole_on
+from jraggym.sharding import batch_sharding, own_rows, place, place_rows, shardings, whole_on
 from jraggym.steps import Network
 from jraggym.text.batching import EMPTY_ROW, Row, collate
 from jraggym.training import Optimization, TrainState, abstract, init_state, placed, shared_step
@@ -73,6 +74,7 @@ class OnPolicy:
     reward_critic: Critic | None = None  # scores the candidates instead of a judge (RAG-Gym's PPO)
     seed: int = 0
     mesh: Mesh | None = None
+    rollout_mesh: Mesh | None = None  # where the policy acts, if elsewhere
 
 
 @struct.dataclass
@@ -173,10 +175,12 @@ def _optimization(job: OnPolicy, optimization: Optimization | None) -> Optimizat
 
 
 def policy_of(job: OnPolicy, state: OnPolicyState) -> Policy:
-    """Who samples: the trained weights, under LoRA merged into their base."""
+    """Who samples: the trained weights, under LoRA merged into their base, on the mesh of the rollouts."""
     actor = state.policy.weights
     if job.net.lora is not None:
         actor = _merged(job.frozen, actor, job.net.lora)
+    if job.rollout_mesh not in (None, job.mesh):
+        actor = place(actor, shardings(specs(job.net.config), job.rollout_mesh))
     return Policy(job.net.config, actor, job.reward_critic)
 
 

@@ -1,6 +1,7 @@
 """Eight fake CPU devices, set before jax starts, and what keeps many modules in one process apart."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -8,6 +9,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# XLA's older code generator compiles tiny programs twice as fast as the default one, and compiling is most of what the
+# tests wait for. Read when the first program is compiled; processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
 # Files that take minutes, the longest first: begun last, one of them would keep a worker while the others idle.

@@ -71,18 +71,20 @@ def prefer(mesh, folder):
 
 
 def improve(mesh):
-    """Two iterations of GRPO on rollouts that search; also how much each process retrieved and judged."""
+    """Two iterations of GRPO on rollouts that search, on another mesh; also what each process retrieved and judged."""
+    there = make_mesh(1, 2, 2, list(mesh.devices.flat)[::-1])
     retriever, judged = Watched(toy_retriever()), Counter()
 
     def judge(example, *rest):
         judged[example.id] += 1
         return support_judge(example, *rest)
 
-    rollout = Rollout(CONFIG, toy_codec(), retriever, Sampling(3, 4), Rules(3, "reward", judge), batch=8, mesh=mesh)
+    rollout = Rollout(CONFIG, toy_codec(), retriever, Sampling(3, 4), Rules(3, "reward", judge), batch=8, mesh=there)
     gather = Gatherer(rollout, toy_codec(), toy_examples(12), 6, jax.random.key(1))
     plan = Schedule(iterations=2, updates=1, rows=8, epochs=1, prompt=96, action=4, candidates=3)
     weights, seen = start(mesh), []
-    job = OnPolicy(Network(CONFIG, mesh=mesh), GRPO(), ADAMW, gather, plan, weights, mesh=mesh)
+    net = Network(CONFIG, mesh=mesh)
+    job = OnPolicy(net, GRPO(), ADAMW, gather, plan, weights, mesh=mesh, rollout_mesh=there)
     state = train_on_policy(job, weights, report=lambda i, metrics: seen.append(metrics))
     work = share((sum(1 for call in retriever.calls for query in call if query), sum(judged.values())))
     metrics = {f"metric {name}": np.array([m[name] for m in seen]) for name in seen[0]}

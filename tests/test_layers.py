@@ -54,6 +54,7 @@ ROWS = {
     "jraggym.recipes*": 3.5,  # whole workflows on the blocks of row 3
     "jraggym.planning.programs": 3.7,  # abstract runs of the recipes
     "jraggym.planning.plan": 3.7,
+    "jraggym.planning.abstract": 3,
     "jraggym.planning*": 1,
     "configs*": 3.75,
     "train*": 4,

@@ -194,16 +194,18 @@ def test_states_that_teach_nothing_are_left_out(world, rewards, need_good, kept)
 # ---------------------------------------------------------------- the loop
 
 
-def job_of(world, config, actor, algorithm, groups="candidates", mesh=None, lora=None, **schedule):
+def job_of(world, config, actor, algorithm, groups="candidates", mesh=None, there=None, lora=None, **schedule):
     shape = {"prompt": 96, "action": 6} if groups == "candidates" else {"prompt": 48, "action": 102}
     plan = Schedule(**{"iterations": 3, "updates": 2, "rows": 4, "epochs": 2, "candidates": K, **shape, **schedule})
-    gather = gatherer(world, config, groups, judge=False, mesh=mesh)
+    there = mesh if there is None else there
+    gather = gatherer(world, config, groups, judge=False, mesh=there)
     value = OPTIMIZATION if isinstance(algorithm, PPO) else None
     # What an untrained actor writes is malformed, and a judge finds it all alike: a critic's scores differ.
     critic = init(critic_specs(config), jax.random.key(9)) if groups == "candidates" else None
-    if mesh is not None:
-        critic = place(critic, shardings(critic_specs(config), mesh))
-    return OnPolicy(Network(config, lora), algorithm, OPTIMIZATION, gather, plan, actor, value, critic, mesh=mesh)
+    if there is not None:
+        critic = place(critic, shardings(critic_specs(config), there))
+    meshes = {"mesh": mesh, "rollout_mesh": there}
+    return OnPolicy(Network(config, lora), algorithm, OPTIMIZATION, gather, plan, actor, value, critic, **meshes)
 
 
 KL = PolicyLoss(kl_weight=0.01)
@@ -277,11 +279,14 @@ def test_adapters_are_trained_and_sampled_from(world, config, actor):
     assert worst_difference(policy.actor.layers.up, actor.layers.up) == 0.0
 
 
-def test_a_mesh_gives_the_same_policy(world, config, actor):
+def test_a_mesh_and_rollouts_on_another_one_give_the_same_policy(world, config, actor):
     plain = train_on_policy(job_of(world, config, actor, GRPO(loss=KL), iterations=1), actor)
     mesh = make_mesh(2, 2, 2)
+    there = make_mesh(1, 4, 2, jax.devices()[::-1])  # a slice may order its chips by the mesh's shape
     spread = place(actor, shardings(specs(config), mesh))
-    found = train_on_policy(job_of(world, config, spread, GRPO(loss=KL), mesh=mesh, iterations=1), spread)
+    job = job_of(world, config, spread, GRPO(loss=KL), mesh=mesh, there=there, iterations=1)
+    found = train_on_policy(job, spread)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(policy_of(job, found).actor)} == {there}
     assert worst_difference(plain.policy.weights, found.policy.weights) < 2e-4
 
 

@@ -13,12 +13,13 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jraggym.errors import InputError
 from jraggym.models.critic import critic_specs
 from jraggym.models.decoder import DecoderConfig, init, specs
+from jraggym.planning.abstract import abstract_weights
 from jraggym.planning.costs import Roofline, exchange_seconds, links, roofline
 from jraggym.planning.flops import count_flops
 from jraggym.planning.hlo import Collective, group_of, parse, size_of
 from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of_memory, refusal
 from jraggym.planning.plan import Plan, best, choices, fitted, plan, search
-from jraggym.planning.programs import abstract_weights, left_out, programs
+from jraggym.planning.programs import left_out, programs
 from jraggym.planning.topologies import CHIPS, GIB, Topology, parse_topology
 from jraggym.recipes.experiment import Devices, Placed, critic_on
 from jraggym.recipes.offline import Dpo, Sft, reference_rows
@@ -385,6 +386,14 @@ def test_an_experiment_is_fitted_to_a_topology():
         fitted(dataclasses.replace(experiment, devices=Devices(tensor=3)), parse_topology("v5e:2x2"))
 
 
+def test_the_mesh_of_the_rollouts_is_fitted_to_all_chips_too():
+    experiment = _small_online("grpo-llama-8b", devices=Devices(fsdp=64), rollout_devices=Devices(1, 8, 2))
+    assert fitted(experiment, parse_topology("v5e:2x2")).rollout_devices == Devices(1, 2, 2)
+    wrong = dataclasses.replace(experiment, rollout_devices=Devices(tensor=3))
+    with pytest.raises(InputError, match=r"--rollout-devices\.tensor"):
+        fitted(wrong, parse_topology("v5e:2x2"))
+
+
 def test_choices_keep_the_heads_whole():
     found = choices(_sft(), parse_topology("v5e:2x2"))
     assert {option.devices for option in found} == {Devices(1, 4, 1), Devices(1, 2, 2)}
@@ -399,7 +408,7 @@ def test_rows_that_cannot_be_split_are_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["dpo-llama-8b", "critic-llama-8b", "grpo-llama-8b", "ppo-llama-8b", "sft-llama-70b-lora"]
+    "name", ["dpo-llama-8b", "critic-llama-8b", "grpo-llama-8b", "ppo-llama-70b", "sft-llama-70b-lora"]
 )
 def test_every_program_of_the_large_experiments_can_be_traced(name):
     """On CPU devices, in two layers: the shapes, objectives and callbacks of all programs belong together."""
@@ -411,7 +420,7 @@ def test_every_program_of_the_large_experiments_can_be_traced(name):
     settings = dataclasses.replace(experiment.settings, model=model, **sizes)
     if hasattr(experiment, "schedule"):
         schedule = dataclasses.replace(experiment.schedule, rows=8, prompt=16, action=8)
-        experiment = dataclasses.replace(experiment, schedule=schedule, slots=8)
+        experiment = dataclasses.replace(experiment, schedule=schedule, slots=8, rollout_devices=Devices(2, 4))
     made = programs(dataclasses.replace(experiment, settings=settings), make_mesh(1, 8, 1))
     names = {"grpo": ["rollout, one turn", "experience", "policy step"]}
     names["ppo"] = [*names["grpo"], "value step"]
@@ -428,7 +437,24 @@ def _small_online(name, **fields):
     experiment = EXPERIMENTS[name][1]
     settings = dataclasses.replace(experiment.settings, model=TINY, **sizes)
     schedule = dataclasses.replace(experiment.schedule, rows=8, prompt=16, action=8, candidates=4, updates=2, epochs=3)
-    return dataclasses.replace(experiment, settings=settings, schedule=schedule, slots=8, questions=20, **fields)
+    fields = {"schedule": schedule, "slots": 8, "questions": 20, "rollout_devices": Devices(), **fields}
+    return dataclasses.replace(experiment, settings=settings, **fields)
+
+
+def test_rollouts_on_a_mesh_of_their_own_are_planned_there():
+    mesh, there = make_mesh(1, 8, 1), Devices(1, 4, 2)
+    plain, moved = (
+        programs(_small_online("grpo-llama-8b", **fields), mesh)[0] for fields in ({}, {"rollout_devices": there})
+    )
+    assert plain.devices is None
+    assert moved.devices == there
+    assert "rollout actor" not in plain.held
+    assert all(
+        dict(leaf.sharding.mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+        for leaf in jax.tree.leaves(moved.held["rollout actor"])
+    )
+    assert moved.cache == plain.cache  # half as many heads of twice as many rows
+    assert "moving the weights" in left_out(_small_online("grpo-llama-8b", rollout_devices=there))
 
 
 def test_a_critic_whose_scores_are_rewards_is_planned():
@@ -456,7 +482,8 @@ def test_what_a_plan_leaves_out_is_said():
     from train.plan import EXPERIMENTS
 
     found = {name: left_out(EXPERIMENTS[f"{name}-llama-8b"][1]) for name in ("sft", "critic", "ppo", "collect")}
-    assert found["sft"] == found["ppo"] == "greedy rollouts of the evaluation"
+    assert found["sft"] == "greedy rollouts of the evaluation"
+    assert found["ppo"] == "greedy rollouts of the evaluation, moving the weights to the mesh of the rollouts"
     assert "held-out labels" in found["critic"]
     assert found["collect"] == "nothing"
 

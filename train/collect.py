@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from configs import collect_agents, collect_synthhop, llama_8b
+from configs import collect_agents, collect_synthhop, llama_8b, llama_70b
 from jraggym.errors import exit_on_input_error
 from jraggym.preemption import preemptible
 from jraggym.recipes.agent_collecting import AgentCollect, check_collection, collect_episodes, deciding_collection
@@ -31,6 +31,7 @@ from train.results import Console
 EXPERIMENTS: dict[str, tuple[str, Any]] = {
     "synthhop": ("the embedded world, labelled by its judge", collect_synthhop.EXPERIMENT),
     "llama-8b": ("Llama-3.1-8B, on a slice of a pod", llama_8b.COLLECT),
+    "llama-70b": ("Llama-3.1-70B, on a slice of a pod", llama_70b.COLLECT),
     "agents": ("an agent's full prompts; actor and judge behind servers", collect_agents.EXPERIMENT),
     "agents-local": ("the same; the actor on this machine", collect_agents.LOCAL),
     "agents-offline": ("the same; actor and judge on this machine", collect_agents.OFFLINE),

@@ -245,7 +245,7 @@ def _provenance(experiment: Any, start: Model | None) -> dict[str, Any]:
     return found
 
 
-NOT_DECIDING = ("out", "wandb", "every", "hosts", "devices", "vectors")
+NOT_DECIDING = ("out", "wandb", "every", "hosts", "devices", "rollout_devices", "vectors")
 
 
 def plain(experiment: Any) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def text(one: Plan) -> str:
     chip, lines = one.topology.chip, [f"{one.experiment}, {one.program}, on {one.topology} ({one.topology.size} chips)"]
     sizes = one.devices
     lines.append(
-        f"  --devices.data {sizes.data} --devices.fsdp {sizes.fsdp} --devices.tensor {sizes.tensor}"
+        f"  {one.flag}.data {sizes.data} {one.flag}.fsdp {sizes.fsdp} {one.flag}.tensor {sizes.tensor}"
         f" --settings.model.remat {one.remat} --parts {one.parts}   compiled in {one.seconds:.0f} s"
     )
     verdict = "fits" if one.fits else f"DOES NOT FIT: {one.message or 'what stays in memory beside it is too much'}"

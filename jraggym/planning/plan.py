@@ -19,10 +19,11 @@ from jraggym.planning.memory import bytes_on_device, kept_for_backward, parts_of
 from jraggym.planning.programs import Program, programs, without_recomputation
 from jraggym.planning.topologies import GIB, Topology
 from jraggym.recipes.experiment import Devices, Experiment
+from jraggym.recipes.online import Sampled
 from jraggym.sharding import batch_shards
 
 # In memory all the time.
-HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy", "merged actor", "reward critic")
+HELD = ("weights", "optimiser", "frozen", "batch", "value function", "policy", "rollout actor", "reward critic")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
     message: str = ""  # why it is refused
     rows: int = 0  # that --parts splits
     runs: int = 1  # in an iteration
+    flag: str = "--devices"  # by which its mesh is given
     flops: float = 0.0  # over all devices
     useful: float = 0.0  # of these, what is not repeated to save memory
     traffic: float = 0.0  # bytes through a device's memory
@@ -72,12 +74,13 @@ class Plan:
     def remedies(self) -> list[str]:
         """What to change where it does not fit, the likeliest first."""
         data, fsdp, tensor = dataclasses.astuple(self.devices)
-        higher, more = f"--devices.tensor {2 * tensor} --devices.fsdp {max(1, fsdp // 2)}", "a larger topology"
+        higher = f"{self.flag}.tensor {2 * tensor} {self.flag}.fsdp {max(1, fsdp // 2)}"
+        more = "a larger topology"
         if self.memory.get("KV cache"):
             return [higher, "fewer --slots (collecting: --settings.episodes)", more]
         held = sum(size for name, size in self.memory.items() if name in HELD)
         if held > 0.6 * self.topology.chip.hbm:
-            split = ["--devices.fsdp and --devices.tensor over all chips"] if data > 1 else []
+            split = [f"{self.flag}.fsdp and {self.flag}.tensor over all chips"] if data > 1 else []
             return [*split, "--lora.rank 16 (no moments and gradients of whole matrices)", more]
         found = [] if self.remat == "layer" else ["--settings.model.remat layer"]
         if self.rows and self.rows % (2 * self.parts * data * fsdp) == 0:
@@ -86,18 +89,25 @@ class Plan:
 
 
 def fitted(experiment: Experiment, topology: Topology) -> Experiment:
-    """The experiment on all chips: its own mesh where that has as many, else its tensor axis and fsdp over the rest.
+    """The experiment on all chips: a mesh of its own that has as many, else its tensor axis and fsdp over the rest.
 
     Raises InputError where the tensor axis and the slices do not divide the chips.
     """
-    sizes = dataclasses.astuple(experiment.devices)
-    if sizes[0] * sizes[1] * sizes[2] == topology.size:
-        return experiment
-    data, tensor = topology.slices, experiment.devices.tensor
+    found = dataclasses.replace(experiment, devices=_on_all(experiment.devices, topology, "--devices"))
+    if isinstance(found, Sampled) and found.rollout_devices != Devices():
+        there = _on_all(found.rollout_devices, topology, "--rollout-devices")
+        found = dataclasses.replace(found, rollout_devices=there)
+    return found
+
+
+def _on_all(devices: Devices, topology: Topology, flag: str) -> Devices:
+    if devices.data * devices.fsdp * devices.tensor == topology.size:
+        return devices
+    data, tensor = topology.slices, devices.tensor
     if topology.size % (data * tensor):
         got = f"tensor={tensor} on {topology.size} chips in {data} slices"
-        raise InputError("the chips cannot be split", got=got, remedy="Choose another --devices.tensor.")
-    return dataclasses.replace(experiment, devices=Devices(data, topology.size // (data * tensor), tensor))
+        raise InputError("the chips cannot be split", got=got, remedy=f"Choose another {flag}.tensor.")
+    return Devices(data, topology.size // (data * tensor), tensor)
 
 
 def plan(experiment: Experiment, topology: Topology, *, name: str = "", only: str | None = None) -> Iterator[Plan]:
@@ -120,9 +130,10 @@ def _plan(experiment: Experiment, topology: Topology, mesh: Any, program: Progra
     traced = program.trace()
     model = experiment.settings.model
     known: dict[str, Any] = {
-        **{"experiment": name, "program": program.name, "topology": topology, "devices": experiment.devices},
+        **{"experiment": name, "program": program.name, "topology": topology},
         **{"remat": model.remat, "parts": experiment.parts, "tokens": program.tokens},
-        **{"rows": program.rows, "runs": program.runs},
+        **{"rows": program.rows, "runs": program.runs, "devices": program.devices or experiment.devices},
+        "flag": "--rollout-devices" if program.devices else "--devices",
     }
     kept = kept_for_backward(traced.jaxpr) // batch_shards(mesh)
     flops = count_flops(traced.jaxpr, program.trips)

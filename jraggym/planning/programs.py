@@ -18,22 +18,20 @@ from jraggym.errors import InputError
 from jraggym.experience import PPO, grpo_experience, ppo_experience_maker
 from jraggym.labelling import support_judge
 from jraggym.models.critic import critic_specs
-from jraggym.models.decoder import DecoderConfig, is_spec, specs
+from jraggym.models.decoder import specs
 from jraggym.models.lora import lora_specs
 from jraggym.objectives.policy import Experience
+from jraggym.planning.abstract import abstract_weights, cache_bytes, check_parts, empty_batch, spread
 from jraggym.recipes.collecting import Collect
-from jraggym.recipes.experiment import Experiment, critic_table
+from jraggym.recipes.experiment import Devices, Experiment, critic_table
 from jraggym.recipes.offline import CriticTraining, Dpo, Sft, objective_of, reference_program, reference_rows
 from jraggym.recipes.online import Grpo, Ppo, check_rewards
 from jraggym.rollout import Policy, Rollout
 from jraggym.sampling import Sampling
-from jraggym.sharding import batch_sharding, batch_shards, shardings
+from jraggym.sharding import batch_shards, make_mesh
 from jraggym.steps import Network
-from jraggym.text.batching import EMPTY_ROW, buckets, collate
+from jraggym.text.batching import buckets
 from jraggym.training import Optimization, Step, abstract_state
-
-# What sets the rows of a batch: of demonstrations, of stored states, of fresh groups.
-_ROWS = "--settings.tokens (SFT without --data), --settings.states or --schedule.rows"
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Program:
     trips: tuple[int, ...] = ()  # of loops that end when the data says so: the most
     rows: int = 0  # that --parts splits
     runs: int = 1  # in an iteration of training: at most; 0 for what runs before the first
+    devices: Devices | None = None  # where it runs, if not on the mesh of the experiment
 
 
 def programs(experiment: Experiment, mesh: Mesh) -> list[Program]:
@@ -67,8 +66,10 @@ def left_out(experiment: Experiment) -> str:
     """What a run of the experiment computes beside its `programs`."""
     if isinstance(experiment, Collect):
         return "nothing"
-    found = "the critic's agreement with held-out labels"
-    return found if isinstance(experiment, CriticTraining) else "greedy rollouts of the evaluation"
+    if isinstance(experiment, CriticTraining):
+        return "the critic's agreement with held-out labels"
+    moved = isinstance(experiment, Grpo | Ppo) and experiment.rollouts_on != experiment.devices
+    return "greedy rollouts of the evaluation" + (", moving the weights to the mesh of the rollouts" if moved else "")
 
 
 def without_recomputation(experiment: Experiment) -> Experiment:
@@ -86,14 +87,6 @@ class _Models:
     frozen: Any
 
 
-def abstract_weights(table: Any, mesh: Mesh) -> Any:
-    """Float32 weights of a tree of specs, where `shardings` places them."""
-    where = shardings(table, mesh)
-    return jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=at), table, where, is_leaf=is_spec
-    )
-
-
 def _models(experiment: Experiment, mesh: Mesh) -> _Models:
     config = experiment.settings.model
     lora = experiment.lora if experiment.lora.rank else None
@@ -101,29 +94,6 @@ def _models(experiment: Experiment, mesh: Mesh) -> _Models:
     frozen = abstract_weights(specs(config), mesh)
     weights = frozen if lora is None else abstract_weights(lora_specs(config, lora), mesh)
     return _Models(net, weights, frozen)
-
-
-def spread(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of arrays whose rows are split over the mesh; they must be a multiple of its shards."""
-    where, shards = batch_sharding(mesh), batch_shards(mesh)
-    rows = jax.tree.leaves(tree)[0].shape[0]
-    if rows % shards:
-        remedy = f"Choose a multiple with {_ROWS}, or another mesh."
-        raise InputError(f"rows cannot be split over data * fsdp = {shards}", got=rows, remedy=remedy)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-
-def _check_parts(rows: int, parts: int, mesh: Mesh) -> None:
-    shards = batch_shards(mesh)
-    if rows % (parts * shards):
-        got = f"{rows} rows in {parts} parts over {shards} shards"
-        remedy = f"Lower --parts, or add rows with {_ROWS}."
-        raise InputError("a micro-batch cannot be split over the mesh", got=got, remedy=remedy)
-
-
-def empty_batch(rows: int, prompt: int, action: int, candidates: int) -> ProcessBatch:
-    """A batch of such sizes, as training collates it."""
-    return collate([EMPTY_ROW] * rows, prompt=prompt, action=action, candidates=candidates)
 
 
 def _tokens(batch: ProcessBatch) -> int:
@@ -152,7 +122,7 @@ def _offline(experiment: Sft | Dpo | CriticTraining, mesh: Mesh) -> list[Program
     if isinstance(experiment, Sft) and experiment.data is None:  # whole demonstrations; the largest batches
         bucket = max(buckets(settings.edges, settings.tokens, 1), key=lambda b: b.rows * (b.prompt + b.action))
         rows = (bucket.rows, bucket.prompt, bucket.action, 1)
-    _check_parts(rows[0], experiment.parts, mesh)
+    check_parts(rows[0], experiment.parts, mesh)
     batch, before = empty_batch(*rows), []
     if isinstance(experiment, Dpo) and experiment.keep_reference:
         before = [_reference(models, rows[1:], mesh)]
@@ -180,7 +150,7 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     """The rollout, the experience that is made of it, and the updates. All states lie in memory all the time."""
     check_rewards(experiment)
     models, schedule, how = _models(experiment, mesh), experiment.schedule, experiment.algorithm
-    _check_parts(schedule.rows, experiment.parts, mesh)
+    check_parts(schedule.rows, experiment.parts, mesh)
     sizes = (schedule.prompt, schedule.action, schedule.candidates)
     every, batch = (empty_batch(rows, *sizes) for rows in (schedule.rows * schedule.updates, schedule.rows))
     values, fresh = batch.behaviour_logprob, spread(every, mesh)
@@ -191,8 +161,11 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     policy = _Update(steps.policy(models.net, how.loss), experiment.optimization, models.weights, part, models.frozen)
     state, updates, others = policy.state, [], {}
     count = {"rows": schedule.rows, "runs": schedule.updates * schedule.epochs}
+    rollout_mesh = mesh
+    if (elsewhere := experiment.rollouts_on) != experiment.devices:
+        rollout_mesh = make_mesh(elsewhere.data, elsewhere.fsdp, elsewhere.tensor, list(mesh.devices.flat))
     if experiment.rewards == "critic":  # one as train.critic makes it
-        others["reward critic"] = abstract_weights(critic_specs(models.net.config, likelihood=True), mesh)
+        others["reward critic"] = abstract_weights(critic_specs(models.net.config, likelihood=True), rollout_mesh)
     make: Any
     given: tuple[Any, ...] = (fresh,)
     weights: tuple[Any, ...] = (models.weights,)
@@ -209,9 +182,11 @@ def _online(experiment: Grpo | Ppo, mesh: Mesh) -> list[Program]:
     else:
         make = grpo_experience(makers, how)
     held = {"weights": state.weights, "optimiser": state.optimizer, "frozen": models.frozen, **others}
-    merged = {"merged actor": models.frozen} if models.net.lora else {}
+    acting = {}
+    if models.net.lora or rollout_mesh is not mesh:  # a merged or moved copy of the weights
+        acting = {"rollout actor": abstract_weights(specs(models.net.config), rollout_mesh)}
     return [
-        _sampled(experiment, mesh, {**held, **merged}),
+        _sampled(experiment, rollout_mesh, {**held, **acting}),
         Program(
             "experience",
             lambda: make.trace(*weights, models.frozen, *given),
@@ -230,7 +205,8 @@ def _sampled(experiment: Grpo | Ppo, mesh: Mesh, held: Mapping[str, Any]) -> Pro
     drawn, episodes = (1, experiment.questions * copies) if experiment.whole else (copies, experiment.questions)
     judged = experiment.rewards in ("process", "steps")
     one = _rollout(experiment, mesh, drawn, experiment.slots, judged=judged, resident=held)
-    return replace(one, runs=experiment.settings.max_turns * -(-episodes // experiment.slots))
+    elsewhere = experiment.rollouts_on if experiment.rollouts_on != experiment.devices else None
+    return replace(one, runs=experiment.settings.max_turns * -(-episodes // experiment.slots), devices=elsewhere)
 
 
 class _Retriever:
@@ -290,10 +266,3 @@ def _rollout(
         cache_bytes(config, slots, settings.max_prompt, candidates * settings.max_action, mesh),
         trips=(1, settings.max_action),
     )
-
-
-def cache_bytes(config: DecoderConfig, rows: int, prompt: int, action: int, mesh: Mesh) -> int:
-    """Bytes on each device of the keys and values of `rows` prompts and of `action` tokens behind each."""
-    heads = -(-config.kv_heads // mesh.shape["tensor"])
-    each = 2 * config.layers * heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    return each * (rows // batch_shards(mesh)) * (prompt - 1 + action)

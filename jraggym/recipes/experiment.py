@@ -161,10 +161,9 @@ def exam_split(experiment: Experiment, shop: Workshop) -> tuple[Split, HybridRet
 
 
 class Exam:
-    """Greedy evaluation on the experiment's split."""
+    """Greedy evaluation on the experiment's split, on the mesh that the weights are on."""
 
-    def __init__(self, experiment: Experiment, shop: Workshop):
-        mesh = experiment.devices.mesh()
+    def __init__(self, experiment: Experiment, shop: Workshop, mesh: Mesh | None):
         self._evaluator, self._seed = Evaluator(shop, *exam_split(experiment, shop), mesh), experiment.seed
 
     def score(self, actor: Decoder) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _actor(
     run = _run(experiment, ready, batches)
     trained = fit_logged(experiment, shop, run, ready.weights, log)
     weights = ready.whole(trained)
-    result = Exam(experiment, shop).score(weights) if isinstance(shop, Workshop) else {}
+    result = Exam(experiment, shop, ready.mesh).score(weights) if isinstance(shop, Workshop) else {}
     return as_model(shop, "actor", weights, result, ready.adapters(trained)), result
 
 

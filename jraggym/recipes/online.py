@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jax.sharding import Mesh
+
 from jraggym.checkpoint import Checkpointer
 from jraggym.data.lazy import Lazy
 from jraggym.data.process import open_dataset
@@ -33,6 +35,7 @@ from jraggym.onpolicy import OnPolicy, Schedule, train_on_policy
 from jraggym.porting.pretrained import open_model
 from jraggym.recipes.bench import Bench, record_row
 from jraggym.recipes.experiment import (
+    Devices,
     Exam,
     Experiment,
     Log,
@@ -82,6 +85,9 @@ class Sampled(Experiment):
     """Leave out states where no candidate has a process reward above 0.75, as the preference objectives do."""
     slots: int = 20
     """Episodes that run at the same time."""
+    rollout_devices: Devices = field(default_factory=Devices)
+    """The mesh of rollouts and evaluations, over the devices of training, whose weights are moved there; 1 x 1 x 1:
+    that of training. Each token reads all weights: the fewer devices gather them, the better."""
     schedule: Schedule = field(default_factory=Schedule)
     optimization: Optimization = field(default_factory=lambda: adamw(3e-4))
     every: int = 5
@@ -91,6 +97,11 @@ class Sampled(Experiment):
         return f"{super().title}, {self.rewards} rewards"
 
     of_chats: ClassVar[bool] = True
+
+    @property
+    def rollouts_on(self) -> Devices:
+        """Where episodes run: `rollout_devices`, or the mesh of training."""
+        return self.devices if self.rollout_devices == Devices() else self.rollout_devices
 
     @property
     def whole(self) -> bool:
@@ -119,20 +130,21 @@ def train_sampled(experiment: Grpo | Ppo, shop: Bench, start: Model, log: Log) -
     The curve is empty without a world.
     """
     check_rewards(experiment)
-    ready = placed_decoder(experiment, shop, start.weights)
+    ready, there = placed_decoder(experiment, shop, start.weights), experiment.rollouts_on.mesh()
     job = OnPolicy(
         ready.net,
         experiment.algorithm,
         experiment.optimization,
-        _gatherer(experiment, shop, ready) if isinstance(shop, Workshop) else _recorded(experiment, shop, ready),
+        _gatherer(experiment, shop, there) if isinstance(shop, Workshop) else _recorded(experiment, shop, there),
         experiment.schedule,
         ready.frozen,
         experiment.value_optimization if isinstance(experiment, Ppo) else None,
-        _reward_critic(experiment.critic, shop, ready),
+        _reward_critic(experiment.critic, shop, there),
         experiment.seed,
         ready.mesh,
+        there,
     )
-    score = Exam(experiment, shop).score if isinstance(shop, Workshop) else None
+    score = Exam(experiment, shop, there).score if isinstance(shop, Workshop) else None
     return learn(experiment, job, shop, ready, score, log)
 
 
@@ -188,7 +200,7 @@ def check_rewards(experiment: Sampled) -> None:
         raise InputError("new replies to chats are known to a critic alone", got=experiment.rewards, remedy=remedy)
 
 
-def _recorded(experiment: Grpo | Ppo, shop: Bench, ready: Placed) -> RecordedGatherer:
+def _recorded(experiment: Grpo | Ppo, shop: Bench, mesh: Mesh | None) -> RecordedGatherer:
     records, schedule = open_dataset(experiment.data or ""), experiment.schedule
     sampling = Sampling(schedule.candidates, schedule.action, shop.settings.temperature)
     return RecordedGatherer(
@@ -196,17 +208,17 @@ def _recorded(experiment: Grpo | Ppo, shop: Bench, ready: Placed) -> RecordedGat
         shop.codec.stops,
         sampling,
         experiment.questions,
-        split_over(ready.mesh, experiment.slots),
+        split_over(mesh, experiment.slots),
         schedule.prompt,
         shop.settings.seed,
-        ready.mesh,
+        mesh,
     )
 
 
-def _reward_critic(folder: Path | None, shop: Bench, ready: Placed) -> Critic | None:
+def _reward_critic(folder: Path | None, shop: Bench, mesh: Mesh | None) -> Critic | None:
     if folder is None:
         return None
-    found = open_model(folder, "critic", ready.mesh)
+    found = open_model(folder, "critic", mesh)
     _same_words(found, shop)
     return found.weights
 
@@ -220,7 +232,7 @@ def _same_words(critic: Model, shop: Bench) -> None:
         raise InputError("the critic is of another kind of model than the actor", got=critic.config, remedy=remedy)
 
 
-def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer:
+def _gatherer(experiment: Grpo | Ppo, shop: Workshop, mesh: Mesh | None) -> Gatherer:
     settings, schedule = shop.settings, experiment.schedule
     judge = shop.task.judge if experiment.rewards in ("process", "steps") else None
     select = experiment.select if experiment.rewards == "process" else "first"
@@ -230,7 +242,7 @@ def _gatherer(experiment: Grpo | Ppo, shop: Workshop, ready: Placed) -> Gatherer
     slots, examples = experiment.slots, shop.task.train.examples
     fresh = examples[settings.demonstrations :] or examples
     return Gatherer(
-        Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=slots, mesh=ready.mesh),
+        Rollout(shop.config, shop.codec, shop.train_retriever, sampling, rules, batch=slots, mesh=mesh),
         shop.codec,
         fresh,
         experiment.questions,

@@ -24,8 +24,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jraggym.models.decoder import DecoderConfig, specs
+from jraggym.planning.abstract import abstract_weights, empty_batch, spread
 from jraggym.planning.hlo import Collective, parse
-from jraggym.planning.programs import abstract_weights, empty_batch, spread
 from jraggym.sharding import MESH_AXES, make_mesh
 from jraggym.steps import Network, sft
 from jraggym.training import Optimization, Step, abstract_state
