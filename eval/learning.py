@@ -10,8 +10,9 @@ kind, and were written down before the runs:
   with an interval above 0? (Curves are linear between evaluations and end at the shortest run's tokens.)
 
 Runs of train.transcripts know their oracle: does EM rise by half of the way to it or more? They also tell how often
-they search, and how they fare with a broken retriever. `--beside` lays main jobs next to them, seed by seed: DPO +
-critic against the run's EM at as many tokens as were sampled for the main job's process data.
+they search, and how they fare with a broken retriever. A kind whose name goes on behind another's ("..., no mask",
+"..., broken retriever") is a control: does the whole recipe end higher? `--beside` lays main jobs next to them, seed
+by seed: DPO + critic against the run's EM at as many tokens as were sampled for the main job's process data.
 
 Differences are paired by question; intervals come from resampling questions within each seed.
 """
@@ -157,6 +158,17 @@ def verdicts(kinds: Mapping[str, Sequence[Run]]) -> list[Verdict]:
         if both and not kind.endswith("outcome rewards"):
             claim = f"{kind}: mean EM until {budget:,.0f} tokens - the same with outcome rewards > 0"
             found.append(_verdict(claim, both, 0.0))
+    return [*found, *_controls(kinds)]
+
+
+def _controls(kinds: Mapping[str, Sequence[Run]]) -> list[Verdict]:
+    """Each kind against its controls at the end, where seeds have both."""
+    found = []
+    for name, controls in kinds.items():
+        for kind, runs in kinds.items():
+            there = {run.seed: run for run in runs} if name.startswith(f"{kind}, ") else {}
+            if pairs := [(there[run.seed].em[-1], run.em[-1]) for run in controls if run.seed in there]:
+                found.append(_verdict(f"{kind}: end - {name.removeprefix(f'{kind}, ')} > 0", pairs, 0.0))
     return found
 
 

@@ -97,6 +97,21 @@ def test_whole_episodes_are_set_against_their_oracle_and_main_jobs(tmp_path, cap
         beside(kinds, [read_main_job(job) for job in other])
 
 
+def test_a_recipe_is_set_against_its_controls(tmp_path):
+    ends = {"research": 0.7, "research, no mask": 0.6, "research, broken retriever": 0.1, "researcher, no mask": 0.2}
+    runs = [
+        write_run(tmp_path / f"{name} {s}", name, s, [(0, 0.4), (200, end)])
+        for name, end in ends.items()
+        for s in ((1,) if "broken" in name else (0, 1))
+    ]
+    found = {
+        claim: each for claim, each, _, _ in verdicts(by_kind([read(run) for run in runs])) if "start" not in claim
+    }
+    assert found.keys() == {"research: end - no mask > 0", "research: end - broken retriever > 0"}
+    assert found["research: end - no mask > 0"] == pytest.approx([0.1, 0.1])
+    assert found["research: end - broken retriever > 0"] == pytest.approx([0.6]), "seed 1 alone has both"
+
+
 def test_half_of_the_way_varies_with_the_start_as_much_as_it_counts():
     """end - (start + oracle) / 2 is 0 for every question here, so that drawing other questions changes nothing."""
     start = np.array([0.0, 1.0] * 100)
