@@ -4,7 +4,7 @@ those of a tiny actor.
 
 command   python -m train.transcripts search-r1 --model runs/search-r1-start/model --out runs/search-r1
 hardware  two CPU cores, about ten minutes; 14 to 25 beside two other jobs
-expected  EM of .73 to .84 on 400 test questions from .48 to .53 at the start, three seeds
+expected  EM of .76 to .83 on 400 test questions from .48 to .53 at the start, three seeds
 """
 
 from __future__ import annotations
