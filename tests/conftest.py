@@ -22,11 +22,6 @@ LONG = tuple(
 )
 
 
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores: many tests wait, for processes that they have started or killed."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
