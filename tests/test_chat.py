@@ -28,8 +28,6 @@ from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.rendering import render
 from jraggym.types import Answer, Candidate, Document, Malformed, Search, State, Step, Trajectory, Turn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAGE = Document("d", "Bexlis", "A town in the north.")
 STATE = State("Who is the mayor of Bexlis?", (Turn(Search("Bexlis"), (PAGE,)), Turn(Malformed("no action"))))
 

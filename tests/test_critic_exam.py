@@ -22,7 +22,6 @@ from jraggym.recipes.critic_exam import best_of, best_of_curve, examine, score_r
 from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.types import Candidate, State
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ACTIONS = ("<search> mayor</search>", "<answer> yes</answer>", "<answer> no</answer>", "<search> town</search>")
 REWARDS = (1.0, 0.5, 0.25, 0.25)
 

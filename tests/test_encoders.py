@@ -22,7 +22,6 @@ from jraggym.retrieval.encoder import embed
 from jraggym.retrieval.hybrid import HybridRetriever
 from jraggym.types import Document
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 POSITIONS = 96
 LONG = "The port of the sea, and a novel of hills. "
 DOCUMENTS = [

@@ -35,8 +35,6 @@ from jraggym.training import Optimization
 from jraggym.types import Candidate
 from train.job import run_experiment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -23,8 +23,6 @@ from jraggym.recipes.evidence import EvidenceSettings, at_random, by_critic, by_
 from jraggym.training import Optimization, Step, init_state
 from jraggym.types import Document, Example, Search, State, Turn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FLOW = Document("flow", "Human Flow", "Human Flow is a German film directed by Ai Weiwei in 2017.")
 WEIWEI = Document("weiwei", "Ai Weiwei", "Ai Weiwei is an artist born in Beijing.")
 GERMANY = Document("german", "German", "German is a language.")

@@ -37,7 +37,6 @@ from jraggym.objectives.forward import branches, token_logprobs_and_entropy
 from jraggym.sampling import Sampling, sample
 from jraggym.sharding import batch_sharding, make_mesh, place, shardings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CLOSE = 1e-4
 NAMES = list(FAMILIES)
 

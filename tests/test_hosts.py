@@ -26,8 +26,6 @@ from jraggym.roll_call import Hub, Member, endpoint
 from jraggym.sharding import batch_sharding, make_mesh, own_rows, place_rows, split_over
 from jraggym.text.batching import Batches, Bucket, collate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TESTS = Path(__file__).parent
 LIMIT = 400  # seconds until a test gives up on its processes
 
@@ -39,11 +37,11 @@ def free_address():
 
 def begin(job, folder, hosts, **environment):
     """A process of a job."""
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    two_chips = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     return subprocess.Popen(
         [sys.executable, TESTS / "host_process.py", job, folder, json.dumps(hosts)],
-        env={**os.environ, **quick, "PYTHONPATH": path, **environment},
+        env={**os.environ, **two_chips, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

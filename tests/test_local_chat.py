@@ -24,8 +24,6 @@ from jraggym.text.chat import chat_ids
 from jraggym.text.huggingface import HuggingFaceTokenizer
 from jraggym.text.tokenizer import SentencePieceTokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAIRS = {"llama": "llama3", "qwen": "qwen3", "gemma": "gemma2"}  # a tokenizer and the model it comes with
 SYSTEM, LENGTH = Message("system", "You answer a question by searching."), 20
 TALK = Message("user", "Who?"), Message("assistant", "<search> Torvan</search>"), Message("user", "<nothing> " * 40)

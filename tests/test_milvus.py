@@ -157,7 +157,6 @@ def test_hostile_texts_are_only_texts(place):
         MilvusRetriever(replace(place, collection="other"), ENCODER, corpus=[Document("long", "L", "x" * 70_000)])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_rollout_on_milvus_is_one_on_our_index(place):
     """The same actions, documents and ends; at most one document a search, so that the ranking matters."""
     ours = toy_retriever()
@@ -173,7 +172,6 @@ def test_a_rollout_on_milvus_is_one_on_our_index(place):
     assert any(turn.documents for final in runs[0] for turn in final.turns)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_an_evaluation_searches_its_preset_on_milvus(place, tmp_path):
     from bert_sample import write_bert  # here: torch takes long to import, and a test below starts another process
 

@@ -35,8 +35,6 @@ from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.training import Optimization
 from jraggym.types import Answer, Candidate, Document, Example, Malformed, Search, State, Step, Trajectory, Turn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TURNS, K = 3, 4
 OPTIMIZATION = Optimization(1, matrix_rate=0.0, rate=3e-3, warmup=0, schedule="constant")
 

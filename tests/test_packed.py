@@ -17,8 +17,6 @@ from jraggym.models.packed import PackedMask, blocks, packed_forward
 from jraggym.objectives.forward import branches
 from jraggym.sharding import MESH_AXES, batch_sharding, make_mesh, place, shardings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BOTH = pytest.mark.parametrize("attention", ["splash", "cudnn"])
 small_blocks = functools.partial(packed_forward, block=128)
 forward = jax.jit(packed_forward, static_argnums=1)

@@ -21,10 +21,7 @@ from jraggym.porting.peft import CONFIG, PeftAdapters, read_adapters, write_adap
 from jraggym.sharding import make_mesh
 from train.export import Arguments, run
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 
 IDS = np.random.default_rng(0).integers(3, 64, (3, 11)).astype(np.int32)
 LEAVES = ("q", "k", "v", "o")

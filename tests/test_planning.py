@@ -229,7 +229,6 @@ def test_sizes_of_types():
     assert size_of("u4[4], token[]") == 2
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
 def test_exchanges_under_weak_scaling_grow_as_theory_says(axis):
     from benchmarks.weak_scaling import table, weight_bytes

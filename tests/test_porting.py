@@ -40,8 +40,6 @@ from jraggym.text.tokenizer import SentencePieceTokenizer
 from jraggym.types import State
 from jraggym.whole import whole_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXTS = ["Where was Ada Morn born?", "Bexlis is a city by the river Torvan.", "<search> Morn mayor</search>"] * 9
 
 

@@ -14,7 +14,6 @@ from jraggym.retrieval.encoder import embed
 from jraggym.retrieval.presets import PRESETS, preset_of, preset_retriever
 from jraggym.types import Document
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 WORDS = "the a of and in sea port who was born hill mor tar novel".split()
 QUERIES = ["who was born in the port", "a novel of the sea", "hill and sea"]
 

@@ -15,8 +15,6 @@ from eval.report import check_results
 from train.quickstart import main
 
 ROOT = Path(__file__).resolve().parents[1]
-# The programs run for seconds: compiling them fast matters more than how fast they run.
-ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 LIMIT = 600  # seconds; on two free cores a smoke run takes about one minute
 
 
@@ -26,7 +24,7 @@ def command(out, *more):
 
 def job(out, *more):
     """Runs the smoke job to its end."""
-    return subprocess.run(command(out, *more), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run(command(out, *more), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
 
 
 def finished(out):
@@ -101,9 +99,7 @@ def test_a_killed_run_ends_with_the_rows_of_an_undisturbed_one(whole, tmp_path):
     for made in ("compiled", "checkpoints/warm start", "checkpoints/warm start trained longer"):
         shutil.copytree(undisturbed / made, out / made)
     chunk = out / "data" / "warm-start" / "chunks" / "chunk-000000.jsonl"
-    with subprocess.Popen(
-        command(out), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + LIMIT
             while not chunk.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -23,8 +23,6 @@ from jraggym.sharding import batch_shards, make_mesh, place, shardings
 from jraggym.text.actions import parse_action
 from jraggym.types import Malformed, Search
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 SAMPLING = Sampling(candidates=3, max_tokens=3)
 RULES = Rules(max_turns=4, select="score")

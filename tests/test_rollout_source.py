@@ -18,8 +18,6 @@ from jraggym.sampling import Sampling
 from jraggym.sources.rollouts import RolloutSource, policy_rollouts
 from jraggym.types import Answer, Malformed, Search, State, Turn
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 POLICY = Policy(CONFIG, init(specs(CONFIG), jax.random.key(0)))
 KEY = jax.random.key(5)

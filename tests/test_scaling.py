@@ -20,7 +20,6 @@ from jraggym.recipes.scaling import Scale, pooled_mean
 from jraggym.recipes.task import synthhop_task
 from jraggym.types import Candidate, State
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ACTIONS = ("<search> mayor</search>", "<answer> yes</answer>", "<answer> no</answer>")
 
 

@@ -29,10 +29,7 @@ from jraggym.types import Malformed, Search, State
 from train.export import Arguments, run
 from train.job import prepare, run_experiment
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 
 QUESTIONS = 50
 STEPS = Optimization(140, rate=6e-3, warmup=5)  # until half of the actions are well-formed

@@ -23,8 +23,6 @@ from jraggym.sampling import Sampling
 from jraggym.sharding import make_mesh
 from jraggym.types import Document
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def world():

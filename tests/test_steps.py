@@ -20,8 +20,6 @@ from jraggym.sharding import batch_sharding, make_mesh, place, shardings
 from jraggym.steps import Network
 from jraggym.training import Step, init_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(vocab=32, model=16, layers=2, query_heads=4, kv_heads=2, head_dim=8, feed_forward=32)
 LORA = Lora(rank=2, alpha=4.0)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jraggym.data.synthhop import SPLITS, make_world
 from jraggym.data.synthhop.grammar import PARAGRAPHS, RELATIONS, chains
 from jraggym.data.synthhop.names import NameMaker, words
-from jraggym.data.synthhop.world import MIX, compositions
+from jraggym.data.synthhop.world import MIX, compositions, mixture
 from jraggym.errors import InputError
 from jraggym.retrieval.corpus import Corpus
 from jraggym.retrieval.encoder import TfidfEncoder
@@ -219,6 +219,32 @@ def test_held_out_compositions_are_asked_outside_training_only():
     assert not set(held) & asked["train"]
     assert set(held) <= asked["test"]
     assert set(held) <= asked["development"]
+
+
+@pytest.mark.parametrize("hops", range(3, 10))
+def test_every_depth_has_held_out_compositions_and_its_share(hops):
+    known, held = compositions(hops)
+    assert {len(chain) for chain in held} == {len(chain) for chain in known} == set(range(2, hops + 1))
+    shares = mixture(hops)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert [kind for kind in shares if kind not in MIX] == [f"{length}-hop" for length in range(4, hops + 1)]
+
+
+def test_long_chains_are_asked_and_can_be_followed():
+    world, shares = make_world("test", 3, questions=600, hops=5), mixture(5)
+    facts = read_facts(world.documents)
+    assert [e.question for e in world.examples if {e.answers[0]} != set(solve(e.question, facts))] == []
+    lengths = Counter(int(e.kind[0]) for e in world.examples if "hop" in e.kind)
+    assert set(lengths) == {1, 2, 3, 4, 5}
+    for length in (4, 5):
+        assert abs(lengths[length] / len(world.examples) - shares[f"{length}-hop"]) < 0.06
+    assert all(len(world.plans[e.id].queries) == int(e.kind[0]) for e in world.examples if "hop" in e.kind)
+
+
+@pytest.mark.parametrize("hops", [2, 10])
+def test_chains_too_short_or_too_long_for_the_world_are_refused(hops):
+    with pytest.raises(InputError, match=rf"3 to 9 hops.*{hops}"):
+        make_world("test", 0, questions=1, hops=hops)
 
 
 def test_new_compositions_are_named_in_the_kind(large):

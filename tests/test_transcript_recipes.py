@@ -38,8 +38,6 @@ from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Answer, Document, Example, Search, Segment, State, Turn
 from train.job import run_experiment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(vocab=16, model=16, layers=1, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 TOY = embedded(PROTOCOLS["search_r1"])
 OPTIMIZATION = Optimization(1, matrix_rate=0.0, rate=3e-3, warmup=0, schedule="constant")

@@ -20,8 +20,6 @@ from jraggym.transcript_episode import Limits, TranscriptRules
 from jraggym.transcript_rollout import Engine, TranscriptRollout
 from jraggym.types import Segment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(vocab=16, model=16, layers=2, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 ENDS = (1, 2)
 LIMITS = Limits(turns=5, searches=3, turn=5, observation=9, total=64, prompt=12)

@@ -100,7 +100,6 @@ def test_a_process_that_vanishes_leaves_whole_chunks(tmp_path):
     np.testing.assert_array_equal(vectors, embed(TOWER, TEXTS, batch=4))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_eight_devices_give_what_one_gives(tmp_path):
     tower = BertEncoder.load(write_bert(tmp_path / "bert"), "e5").document
     one = embed(tower, TEXTS, batch=8)
@@ -110,7 +109,6 @@ def test_eight_devices_give_what_one_gives(tmp_path):
         np.testing.assert_allclose(stored, one, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_rows_are_split_over_the_devices(tmp_path):
     tower, seen = BertEncoder.load(write_bert(tmp_path / "bert"), "e5").document, []
 

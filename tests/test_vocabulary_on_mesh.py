@@ -12,7 +12,6 @@ from jraggym.sharding import batch_sharding, make_mesh, place, shardings
 from jraggym.text.batching import Row, collate
 
 CONFIG = DecoderConfig(vocab=64, model=16, layers=1, query_heads=2, kv_heads=2, head_dim=8, feed_forward=32)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]
 

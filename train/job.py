@@ -91,7 +91,7 @@ def prepare(
         "test": settings.test,
     }
     if dataset == "synthhop":
-        task = synthhop_task(settings.seed, **sizes)
+        task = synthhop_task(settings.seed, **sizes, hops=settings.hops)
     elif dataset != "hotpotqa":
         raise InputError("unknown dataset", got=repr(dataset), remedy="Use one of synthhop, hotpotqa.")
     elif data_dir is None:

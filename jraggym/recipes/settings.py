@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jraggym.data.plan import Faults
+from jraggym.data.synthhop import HOPS
 from jraggym.models.decoder import DecoderConfig
 from jraggym.training import Optimization
 
@@ -16,6 +17,7 @@ class Settings:
     """Everything that decides the numbers. Letters: P prompt, A action tokens, K candidates."""
 
     seed: int = 0
+    hops: int = HOPS  # the longest chain of relations of the embedded world
     demonstrations: int = 16_000
     collected: int = 560  # questions, in each of the two rounds
     development: int = 200

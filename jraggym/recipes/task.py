@@ -9,7 +9,7 @@ from pathlib import Path
 from jraggym.data.benchmarks import load_benchmark
 from jraggym.data.plan import Plan, plan_by_titles
 from jraggym.data.questions import QuestionSet
-from jraggym.data.synthhop import make_world
+from jraggym.data.synthhop import HOPS, make_world
 from jraggym.errors import InputError
 from jraggym.labelling import Found, Judge, support_judge
 from jraggym.retrieval.corpus import Corpus
@@ -40,10 +40,10 @@ class Task:
     judge: Judge = support_judge
 
 
-def synthhop_task(seed: int, *, train: int, development: int, test: int) -> Task:
-    """The embedded world; the numbers are questions."""
+def synthhop_task(seed: int, *, train: int, development: int, test: int, hops: int = HOPS) -> Task:
+    """The embedded world with chains of up to `hops` relations; the other numbers are questions."""
     worlds = {
-        split: make_world(split, seed, questions=number)
+        split: make_world(split, seed, questions=number, hops=hops)
         for split, number in (("train", train), ("development", development), ("test", test))
     }
     splits = {name: _world_split(world) for name, world in worlds.items()}

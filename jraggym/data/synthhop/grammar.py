@@ -69,8 +69,6 @@ QUESTIONS = ("{wh} is {chain}?", "Name {chain}.", "Find {chain}.")
 SAME = ("Is {a} also {b}?", "Are {a} and {b} the same?")
 CHOICE = ("Which of {x} and {y} has {value} as {relation}?", "Does {x} or {y} have {value} as {relation}?")
 
-MAX_HOPS = 3
-
 
 def chains(hops: int) -> list[tuple[str, ...]]:
     """Every sequence of `hops` relations in which each object kind is the next subject kind.

@@ -11,7 +11,6 @@ from jraggym.data.plan import Plan
 from jraggym.data.synthhop.grammar import (
     CHOICE,
     KINDS,
-    MAX_HOPS,
     PARAGRAPHS,
     QUESTIONS,
     RELATIONS,
@@ -26,7 +25,9 @@ from jraggym.types import Document, Example
 SPLITS = {"train": 10, "development": 1, "test": 1}  # split -> size in thousands of documents
 PER_THOUSAND = {"person": 400, "film": 200, "book": 200, "company": 100, "city": 100}
 MIX = {"1-hop": 0.1, "2-hop": 0.35, "3-hop": 0.3, "same": 0.1, "choice": 0.15}
-HELD_OUT = 0.12  # share of the 2- and 3-hop compositions that training never asks about
+HOPS = 3  # the longest chain of relations in that mixture
+DEEP = 0.5  # share of the questions of four hops and more, where there are any
+HELD_OUT = 0.12  # share of the multi-hop compositions that training never asks about
 NEW = 0.25  # share of the multi-hop questions outside training that ask about those
 
 
@@ -70,11 +71,12 @@ class World:
         return _assemble(self._kinds, facts, queries, self._seed)
 
 
-def make_world(split: str, seed: int, *, questions: int = 400) -> World:
+def make_world(split: str, seed: int, *, questions: int = 400, hops: int = HOPS) -> World:
     """Generates the world of `split` ("train", "development" or "test") with that many questions.
 
-    The three splits share no name word, hence no paragraph; training asks about no held-out composition.
-    The same arguments always give the same world.
+    The three splits share no name word, hence no paragraph; training asks about no held-out composition. Chains are
+    up to `hops` relations long (`mixture`). The same arguments always give the same world. Raises InputError for an
+    unknown split and for hops outside 3 to 9.
     """
     if split not in SPLITS:
         raise InputError("unknown synthhop split", got=repr(split), remedy=f"Use one of {', '.join(SPLITS)}.")
@@ -84,12 +86,24 @@ def make_world(split: str, seed: int, *, questions: int = 400) -> World:
         names.draw(parts): kind for kind, parts in KINDS.items() for _ in range(PER_THOUSAND[kind] * SPLITS[split])
     }
     facts = _draw_facts(kinds, rng)
-    return _assemble(kinds, facts, tuple(_draw_queries(kinds, facts, split, questions, rng)), seed)
+    return _assemble(kinds, facts, tuple(_draw_queries(kinds, facts, split, questions, hops, rng)), seed)
 
 
-def compositions() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def mixture(hops: int = HOPS) -> dict[str, float]:
+    """The share of each kind of question; half are longer than three hops where `hops` allows it, each length alike.
+
+    Raises InputError for hops outside 3 to 9.
+    """
+    if not HOPS <= hops <= 9:
+        raise InputError("the longest chain must have 3 to 9 hops", got=hops, remedy="Set --settings.hops, say, to 5.")
+    deeper = range(HOPS + 1, hops + 1)
+    shallow = {kind: share * (1 - DEEP) if deeper else share for kind, share in MIX.items()}
+    return shallow | {f"{length}-hop": DEEP / len(deeper) for length in deeper}
+
+
+def compositions(hops: int = HOPS) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The multi-hop relation chains that training asks about, and those held out from it."""
-    multi = [chain for hops in range(2, MAX_HOPS + 1) for chain in chains(hops)]
+    multi = [chain for length in range(2, hops + 1) for chain in chains(length)]
     random.Random("synthhop compositions").shuffle(multi)
     held = round(HELD_OUT * len(multi))
     return multi[held:], multi[:held]
@@ -111,17 +125,23 @@ def _draw_facts(kinds: dict[str, str], rng: random.Random) -> dict[tuple[str, st
 
 
 def _draw_queries(
-    kinds: dict[str, str], facts: dict[tuple[str, str], str], split: str, questions: int, rng: random.Random
+    kinds: dict[str, str],
+    facts: dict[tuple[str, str], str],
+    split: str,
+    questions: int,
+    hops: int,
+    rng: random.Random,
 ) -> Iterator[_Query]:
     by_kind, by_value = defaultdict(list), defaultdict(list)
     for name, kind in kinds.items():
         by_kind[kind].append(name)
     for (name, relation), value in facts.items():
         by_value[relation, value].append(name)
-    known, held = compositions()
+    known, held = compositions(hops)
+    shares = mixture(hops)
     singles = chains(1)
     for number in range(questions):
-        kind = rng.choices(list(MIX), weights=list(MIX.values()))[0]
+        kind = rng.choices(list(shares), weights=list(shares.values()))[0]
         value = ""
         subjects: tuple[str, ...]
         if kind in ("same", "choice"):
@@ -130,9 +150,9 @@ def _draw_queries(
             if kind == "choice":
                 value = facts[rng.choice(subjects), chain[0]]
         else:
-            hops = int(kind[0])
-            new = hops > 1 and split != "train" and rng.random() < NEW
-            pool = singles if hops == 1 else [c for c in (held if new else known) if len(c) == hops]
+            length = int(kind[0])
+            new = length > 1 and split != "train" and rng.random() < NEW
+            pool = singles if length == 1 else [c for c in (held if new else known) if len(c) == length]
             chain = rng.choice(pool)
             subjects = (rng.choice(by_kind[RELATIONS[chain[0]].subject]),)
             kind += " new" if new else ""
