@@ -89,12 +89,12 @@ def make_world(split: str, seed: int, *, questions: int = 400, hops: int = HOPS)
     return _assemble(kinds, facts, tuple(_draw_queries(kinds, facts, split, questions, hops, rng)), seed)
 
 
-def mixture(hops: int = HOPS) -> dict[str, float]:
+def mixture(hops: int) -> dict[str, float]:
     """The share of each kind of question; half are longer than three hops where `hops` allows it, each length alike.
 
     Raises InputError for hops outside 3 to 9.
     """
-    if not HOPS <= hops <= 9:
+    if not HOPS <= hops <= 9:  # one digit, which starts the kind
         raise InputError("the longest chain must have 3 to 9 hops", got=hops, remedy="Set --settings.hops, say, to 5.")
     deeper = range(HOPS + 1, hops + 1)
     shallow = {kind: share * (1 - DEEP) if deeper else share for kind, share in MIX.items()}
