@@ -18,6 +18,7 @@ from array_samples import TIED, UNTIED, causal_hidden, copied, random_batch, ran
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from jraggym.errors import InputError
+from jraggym.models import attention
 from jraggym.models.decoder import (
     Decoder,
     DecoderConfig,
@@ -159,6 +160,42 @@ def test_prefix_and_branches_equal_one_plain_sequence(config, batch):
     for i, j in np.ndindex(hidden.shape[:2]):
         first, count = lengths[i] - 1, 1 + batch.action_mask[i, j].sum()
         assert np.max(np.abs(hidden[i, j, :count] - expected[i, j, first : first + count])) < 1e-5, (i, j)
+
+
+def test_a_long_prompt_read_in_blocks_equals_one_plain_sequence(monkeypatch):
+    weights, batch = random_decoder(), random_batch(rows=2, candidates=2, prompt=2 * attention.BLOCK + 90)
+    prefix = prefill(weights, TIED, batch.prompt, batch.prompt_mask)
+    hidden = np.asarray(branch(weights, TIED, prefix, *branches(batch)))
+    ids, lengths = copied(batch)
+    expected = causal_hidden(weights, TIED, ids)
+    for i, j in np.ndindex(hidden.shape[:2]):
+        first, count = lengths[i] - 1, 1 + batch.action_mask[i, j].sum()
+        assert np.max(np.abs(hidden[i, j, :count] - expected[i, j, first : first + count])) < 1e-5, (i, j)
+
+    def gradient():
+        return jax.jit(jax.grad(lambda w: jnp.mean(token_logprobs(w, TIED, batch))))(weights)
+
+    in_blocks = gradient()
+    monkeypatch.setattr(attention, "BLOCKS", 1)
+    assert worst_difference(in_blocks, gradient()) < 1e-6
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 1023, 2048, 5000])
+def test_blocks_of_queries_meet_no_key_behind_their_end(size, monkeypatch):
+    met = []
+    one = jnp.zeros((1, 1, size, 2))
+    keys = attention.Keys(one, one, jnp.ones((1, 1, size, size), bool))
+    monkeypatch.setattr(
+        attention,
+        "attend",
+        lambda q, parts, *_: met.append((q.shape[2], parts[0].k.shape[2])) or q.swapaxes(1, 2)[..., 0],
+    )
+    assert attention.attend_back(one, keys, 1.0).shape == (1, size, 1)
+    queries, ends = map(np.array, zip(*met, strict=True))
+    assert ends[-1] == size
+    assert np.array_equal(np.cumsum(queries), ends)
+    assert len(met) == max(1, min(attention.BLOCKS, -(-size // attention.BLOCK)))
+    assert np.ptp(queries) <= 1, "the blocks differ"
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED])

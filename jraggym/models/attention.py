@@ -14,6 +14,9 @@ from jax import Array
 
 from jraggym.models.architecture import RopeScaling
 
+BLOCK = 256  # queries that `attend_back` takes at one time, or more of a long text
+BLOCKS = 8  # the most that it unrolls
+
 
 class Keys(NamedTuple):
     """One set of keys that queries attend to."""
@@ -63,6 +66,22 @@ def attend(q: Array, parts: list[Keys], scale: float, cap: float | None = None) 
     scores [s1 | s2], softmax(s) V = (e^s1 V1 + e^s2 V2) / (sum e^s1 + sum e^s2).
     """
     return settled(weigh(q * scale, parts, cap))
+
+
+def attend_back(q: Array, keys: Keys, scale: float, cap: float | None = None) -> Array:
+    """`attend` where no query sees a key behind its own place: [X, T, Q * H].
+
+    Blocks of queries each meet the keys up to their own end: with n blocks, (n + 1) / 2n of all scores are computed.
+    """
+    size = q.shape[2]
+    count = max(1, min(BLOCKS, -(-size // BLOCK)))
+    ends = [size * (i + 1) // count for i in range(count)]
+
+    def block(start: int, end: int) -> Array:
+        before = Keys(keys.k[:, :, :end], keys.v[:, :, :end], keys.visible[..., start:end, :end])
+        return attend(q[:, :, start:end], [before], scale, cap)
+
+    return jnp.concatenate([block(start, end) for start, end in zip([0, *ends], ends, strict=False)], axis=1)
 
 
 class Weighed(NamedTuple):

@@ -25,7 +25,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jraggym.models.architecture import REMAT, Decoder, DecoderConfig, Layer, RopeScaling, Spec, init, is_spec, specs
-from jraggym.models.attention import Keys, attend, frequencies, rotary, turn
+from jraggym.models.attention import Keys, attend, attend_back, frequencies, rotary, turn
 from jraggym.models.linear import matmul
 from jraggym.sharding import keep_rows
 
@@ -78,15 +78,22 @@ def prefix_forward(
     causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
     visible = seen(config, (causal & mask[:, None, :])[:, None], _behind(position[:, :-1], position[:, :-1])[:, None])
 
-    def step(x: Array, inputs: tuple[Layer, Array | None]) -> tuple[Array, tuple[Array, Array]]:
-        layer, local = inputs
+    def step(x: Array, inputs: tuple[Layer, Array | None, Array]) -> tuple[Array, tuple[Array, Array]]:
+        layer, local, last = inputs
         x = keep_rows(x, mesh)
         q, k, v = qkv(layer, config, x, of_layer(angles, local))
-        attended = attend(q, [Keys(k, v, of_layer(visible, local))], config.score_scale, config.score_cap)
-        return residual(layer, config, x, attended), (k, v)
+
+        def rest(x: Array) -> Array:
+            own = Keys(k, v, of_layer(visible, local))
+            return residual(layer, config, x, attend_back(q, own, config.score_scale, config.score_cap))
+
+        # Of the last layer nothing but keys and values is read. On a mesh the rest of it is computed all the same:
+        # within a branch, its weights could not be gathered ahead.
+        return (jax.lax.cond(last, lambda x: x, rest, x) if mesh is None else rest(x)), (k, v)
 
     x = embed(weights, config, tokens)
-    _, (k, v) = jax.lax.scan(rematted(step, config), x, (weights.layers, local_layers(config)))
+    last = jnp.arange(config.layers) == config.layers - 1
+    _, (k, v) = jax.lax.scan(rematted(step, config), x, (weights.layers, local_layers(config), last))
     return Prefix(k, v, mask, position[:, -1])
 
 
