@@ -58,7 +58,7 @@ from jraggym.training import Optimization
 from train.job import Logbook, run_experiment
 from train.label import label_agent
 
-QUESTIONS, LONGEST = 12, 1_024
+QUESTIONS, LONGEST = 12, 768
 RULES = AgentRules(max_turns=3, candidates=3, temperature=1.0, select="random", slots=8)
 
 

@@ -41,7 +41,7 @@ def job(tmp_path_factory):
     out = tmp_path_factory.mktemp("serving") / "sft"
     experiment = small(sft_synthhop.EXPERIMENT, out, optimization=STEPS)
     settings = dataclasses.replace(
-        experiment.settings, model=DecoderConfig(), tokens=2_500, short_first=70, test=QUESTIONS
+        experiment.settings, model=DecoderConfig(), tokens=1_500, short_first=70, test=QUESTIONS
     )
     experiment = dataclasses.replace(experiment, settings=settings)
     run_experiment(experiment, train_sft)

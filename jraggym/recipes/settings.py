@@ -51,10 +51,10 @@ class Settings:
     def smoke(self) -> Settings:
         """A few steps of everything."""
         few = {name: dataclasses.replace(getattr(self, name), steps=4) for name in ("actor", "critic")}
-        warm = dataclasses.replace(self.warm_start, steps=150)
-        fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 4_000), collected=32, test=16)
+        warm = dataclasses.replace(self.warm_start, steps=90)
+        fewer = dataclasses.replace(self, demonstrations=min(self.demonstrations, 2_000), collected=32, test=16)
         fewer = dataclasses.replace(fewer, episodes=16, candidates=4, states=4, tokens=1_024)
-        return dataclasses.replace(fewer, warm_start=warm, short_first=150, **few)
+        return dataclasses.replace(fewer, warm_start=warm, short_first=90, **few)
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
