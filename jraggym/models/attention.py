@@ -6,6 +6,7 @@ G key/value heads, H head dim.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ def attend_back(q: Array, keys: Keys, scale: float, cap: float | None = None) ->
         before = Keys(keys.k[:, :, :end], keys.v[:, :, :end], keys.visible[..., start:end, :end])
         return attend(q[:, :, start:end], [before], scale, cap)
 
-    return jnp.concatenate([block(start, end) for start, end in zip([0, *ends], ends, strict=False)], axis=1)
+    return jnp.concatenate([block(start, end) for start, end in pairwise([0, *ends])], axis=1)
 
 
 class Weighed(NamedTuple):

@@ -87,8 +87,8 @@ def prefix_forward(
             own = Keys(k, v, of_layer(visible, local))
             return residual(layer, config, x, attend_back(q, own, config.score_scale, config.score_cap))
 
-        # Of the last layer nothing but keys and values is read. On a mesh the rest of it is computed all the same:
-        # within a branch, its weights could not be gathered ahead.
+        # Of the last layer nothing but keys and values is read. Training on a mesh computes the rest of it all the
+        # same: within a branch, weights could not be gathered ahead.
         return (jax.lax.cond(last, lambda x: x, rest, x) if mesh is None else rest(x)), (k, v)
 
     x = embed(weights, config, tokens)
