@@ -7,6 +7,7 @@ For each line it forks the job and answers with its process id, then a line for 
 leaves final.npz, all arrays that it has trained, and told.json, the metrics that it has told.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ from jraggym.text.batching import Batches, Bucket, Row
 from jraggym.training import Optimization, Run, fit
 
 STEPS, EVERY, PAUSE = 24, 4, 0.01
+LONGEST = 300  # seconds of a life; one that hangs leaves its threads' stacks in stderr and ends with 1
 OPTIMIZATION = Optimization(STEPS, matrix_rate=0.0, rate=1e-2, warmup=3)
 LORA = Lora(rank=2, dropout=0.1)
 ROWS, K, P, A = 2, 3, 6, 4
@@ -144,6 +146,7 @@ def life(kind: str, out: Path) -> None:
 def child(kind: str, out: Path) -> int:
     """The exit code of a life, as an entry has it."""
     os.dup2(os.open(out / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     try:
         with preemptible():
             life(kind, out)
