@@ -77,7 +77,7 @@ def ended(jobs: Jobs, kind: str, out: Path, rng: random.Random, number: int) -> 
     pid = jobs.begin(kind, out)
     for _ in range(rng.randint(1, 5)):
         if (line := jobs.next()).startswith("exit"):
-            assert line == "exit 0"
+            assert line == "exit 0", (out / "stderr").read_text()
             return "whole"
     time.sleep(rng.uniform(0.0, 0.02))
     if inside:
